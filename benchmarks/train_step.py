@@ -30,6 +30,7 @@ from data_pipeline.loading.rows import IGNORED_TARGET
 from launcher.ranks.local import rank_environment
 from megaback.config import Config
 from megaback.model.attention import Segments
+from megaback.model.compiler import GraphCounter
 from megaback.model.gpt import ReverseGPT
 from megaback.planning.flops import flops_per_token
 
@@ -77,7 +78,7 @@ def config_of(kind: str, size: Size, ranks: int, precision: str) -> Config:
                 "micro_batch_rows": size.rows,
             },
             "optimizer": {"learning_rate": 6e-4},
-            "training": {"steps": 1000, "precision": precision, "compile": True},
+            "training": {"steps": 1000, "precision": precision},
             "zero": {"stage": int(kind.removeprefix("zero")) if kind != "plain" else 0},
             "hardware": {"device": "cpu"},
         }
@@ -123,7 +124,8 @@ def our_step(config: Config, rank: int) -> Step:
     model = ReverseGPT(config.model.resolved(), VOCAB_SIZE)
     model.initialize(0)
     rows = config.batch.micro_batch_rows
-    engine = start_engine(model, config, rows, 1)
+    model.exclude_attention_from_compile()
+    engine = start_engine(model, config, rows, 1, GraphCounter())
     batch = batch_of(rows, rank)
     num_targets = int((batch[1] != IGNORED_TARGET).sum())
     engine.train()

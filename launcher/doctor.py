@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -190,8 +190,8 @@ def _abilities(machine: Machine) -> Iterator[Line]:
     yield _ability("train on CPUs", has_torch, _INSTALL, is_needed=True)
     gpu_fix = _gpu_line(machine).fix or "a machine with NVIDIA GPUs"
     yield _ability("train on GPUs", has_torch and has_gpu and bool(torch.get("nccl")), gpu_fix)
-    flash_fix = "pip install --no-build-isolation -e '.[flash]'" if has_gpu else gpu_fix
-    yield _ability("flash attention", has_gpu and bool(torch.get("flash_attn")), flash_fix)
+    if has_torch:
+        yield _attention_line(torch.get("attention"), torch["problems"].get("attention", ""))
     has_ssh = "ssh" in machine.programs
     yield _ability(
         "train on several hosts (--hostfile)", has_torch and has_ssh, "apt-get install ssh"
@@ -199,6 +199,22 @@ def _abilities(machine: Machine) -> Iterator[Line]:
     has_slurm = {"sbatch", "srun"} <= set(machine.programs) and machine.slurm_problem is None
     yield _ability("train on a Slurm cluster", has_slurm, "log in to a node that has sbatch")
     yield _ability("convert and sample", bool(torch.get("torch")), _INSTALL, is_needed=True)
+
+
+def _attention_line(attention: dict[str, Any] | None, problem: str) -> Line:
+    """Backends of attention, with the one that `hardware.attention=auto` chooses first."""
+    if attention is None:
+        return Line("attention", "no", problem, "check the driver with nvidia-smi")
+    usable = [name for name, reason in attention["kernels"].items() if reason is None]
+    why_not = "; ".join(f"{name}: {why}" for name, why in attention["kernels"].items() if why)
+    shown = f"auto is {attention['auto']}"
+    if usable:
+        others = ", ".join((*usable[1:], "sdpa"))
+        return Line("attention", "yes", f"{shown}; {others} also work")
+    is_cpu = all(why == "the device is cpu" for why in attention["kernels"].values())
+    if is_cpu:
+        return Line("attention", "yes", f"{shown}, the one for CPUs")
+    return Line("attention", "note", f"{shown}, which is slow ({why_not})", attention["install"])
 
 
 def _ability(name: str, works: bool, fix: str, is_needed: bool = False) -> Line:

@@ -226,8 +226,16 @@ class TrainingSection(Section):
     """Activations that the backward pass recomputes instead of storing. block: each block's, a
     third more compute; selective: all but the results of matrix products and attention, little more
     compute."""
-    compile: bool = False
-    """Compilation with torch.compile: faster steps, after a minute of compiling at the start."""
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_word)] = "auto"
+    """Compilation with torch.compile: faster steps, after a minute of compiling at the start. auto:
+    on with a GPU, off on a CPU."""
+    deterministic: bool = True
+    """Deterministic algorithms on GPUs, with which a resumed run repeats an uninterrupted one bit
+    for bit. They make the backward pass of attention slower. A CPU always has them."""
+
+    def may_compile_on(self, is_cpu: bool) -> bool:
+        """Whether training on a CPU, or on a GPU, may be compiled."""
+        return self.compile == "on" or (self.compile == "auto" and not is_cpu)
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingSection":
@@ -280,9 +288,10 @@ class HardwareSection(Section):
     processes: Annotated[int, ranges.MANY] | None = None
     """Number of ranks that `megaback train` starts on this machine. Default: one per GPU, or one on
     a CPU."""
-    attention: Literal["auto", "flash_attn", "sdpa"] = "auto"
-    """Attention backend. auto: flash_attn where it is installed and there is a CUDA device, sdpa
-    elsewhere."""
+    attention: Literal["auto", "varlen", "flash_attn", "flash_attn_4", "sdpa"] = "auto"
+    """Attention backend. varlen: PyTorch's for packed documents; flash_attn, flash_attn_4: the
+    packages flash-attn and, for Hopper and newer GPUs, flash-attn-4; sdpa: PyTorch's for any
+    device. auto: the first of flash_attn_4, varlen, flash_attn and sdpa that works."""
     device_name: str | None = None
     """Device that `megaback plan` and `submit` assume: h100-80gb, a100-40gb, …"""
     peak_flops: Annotated[float, ranges.POSITIVE] | None = None

@@ -30,6 +30,7 @@ from data_pipeline.errors import (
 from data_pipeline.redaction import scrub
 from megaback.config import Config
 from megaback.config_file import load_config
+from megaback.distributed.determinism import use_deterministic_algorithms
 from megaback.distributed.world import (
     CollectiveExit,
     World,
@@ -136,6 +137,8 @@ def main(
             raise LaunchError(HIDDEN)
         stop = StopRequest(deadline_of(save_before))
         settings = load_config(config, overrides)
+        if settings.training.deterministic:
+            use_deterministic_algorithms(settings.hardware.device)
         world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)
     end_rank(_train_as_rank(settings, world, stop, config, start_id))
 

@@ -17,15 +17,20 @@ from megaback.distributed.gradients import (
     reduction_fields,
     zero_at_every_stage,
 )
+from megaback.model.compiler import GraphCounter
 from megaback.model.gpt import ReverseGPT
 from megaback.optim.build import attach_shards, build_optimizer
 from megaback.planning.memory import bucket_elements
 
 
 def start_engine(
-    model: ReverseGPT, config: Config, micro_batch_rows: int, accumulation_steps: int
+    model: ReverseGPT,
+    config: Config,
+    micro_batch_rows: int,
+    accumulation_steps: int,
+    compiler: GraphCounter | None = None,
 ) -> Any:
-    """Wrap the model in a DeepSpeed engine, compiled if `training.compile` is set."""
+    """Wrap the model in a DeepSpeed engine, compiled by the compiler, if there is one."""
     import deepspeed
 
     _import_deepspeed_muon()
@@ -41,9 +46,8 @@ def start_engine(
     if engine.reduces_once and config.has_fp32_accumulators:
         accumulate_in_fp32(engine)
     attach_shards(optimizer, engine.optimizer, config.zero.stage, engine.device)
-    if config.training.compile:
-        model.exclude_attention_from_compile()
-        engine.compile()
+    if compiler is not None:
+        engine.compile(backend=compiler)
     return engine
 
 

@@ -1,4 +1,4 @@
-"""Versions and devices of torch and DeepSpeed as JSON.
+"""Versions and devices of torch and DeepSpeed, and backends of attention, as JSON.
 
 `python -m megaback.distributed.torch_facts` is a separate process, for commands that must not load
 torch, and because a broken installation may crash it. Modules that cannot be imported are listed
@@ -9,6 +9,8 @@ import importlib
 import json
 from types import ModuleType
 from typing import Any
+
+_USUAL_HEAD_DIM = 64
 
 
 def torch_facts() -> dict[str, Any]:
@@ -25,10 +27,30 @@ def torch_facts() -> dict[str, Any]:
     for name in ("gloo", "nccl"):
         is_there = torch.distributed.is_available()
         facts[name] = is_there and getattr(torch.distributed, f"is_{name}_available")()
-    for module_name in ("deepspeed", "flash_attn"):
-        module = _imported(module_name, problems)
-        facts[module_name] = None if module is None else module.__version__
+    deepspeed = _imported("deepspeed", problems)
+    facts["deepspeed"] = None if deepspeed is None else deepspeed.__version__
+    try:
+        facts["attention"] = _attention(torch)
+    except Exception as error:  # noqa: BLE001 (kernels and drivers may raise anything)
+        problems["attention"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return facts
+
+
+def _attention(torch: ModuleType) -> dict[str, Any]:
+    """The backend that `auto` chooses in bf16, and for each kernel the reason why it is unusable.
+
+    `install`: command for a faster one than sdpa.
+    """
+    from megaback.model.attention_choice import why_unusable
+    from megaback.model.flash_attention import KERNELS, VARLEN
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reasons = {
+        kernel.name: why_unusable(kernel, device, torch.bfloat16, _USUAL_HEAD_DIM)
+        for kernel in KERNELS
+    }
+    usable = [name for name, reason in reasons.items() if reason is None]
+    return {"auto": [*usable, "sdpa"][0], "kernels": reasons, "install": VARLEN.install}
 
 
 def _device(torch: ModuleType, number: int) -> dict[str, Any]:

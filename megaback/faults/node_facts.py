@@ -73,10 +73,11 @@ def rank_facts(rank: int, device: torch.device) -> RankFacts:
 def versions() -> dict[str, str]:
     """Versions that must be the same on all nodes; `code` is a hash of megaback's modules."""
     found = library_versions()
-    try:
-        found["flash-attn"] = importlib.metadata.version("flash-attn")
-    except importlib.metadata.PackageNotFoundError:
-        found["flash-attn"] = "none"
+    for package in ("flash-attn", "flash-attn-4"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "none"
     found["code"] = code_hash(ROOT)
     return found
 

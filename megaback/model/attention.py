@@ -1,119 +1,143 @@
-"""Causal attention within packed documents, with a flash-attn and an SDPA backend.
+"""Causal attention within packed documents: the segments, and a backend for every device.
 
-A backend takes packed queries, keys and values, and their segments; no token attends beyond its own
-segment. `flash_attn` is the varlen kernel on CUDA; `sdpa` is PyTorch's attention on any device, one
-call per segment. A backend that is requested by name and unavailable is an error.
+A backend takes packed queries, keys and values of one dtype, and their segments; no token attends
+beyond its own segment. `sdpa`, PyTorch's attention, is the one for any device; kernels for packed
+tokens are in `flash_attention`, and `attention_choice` selects.
 
-Shapes: T packed tokens, H query heads, K key and value heads, E head dimension.
+Shapes: T packed tokens, P tokens with padding, H query heads, K key and value heads, E head
+dimension.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
-from data_pipeline.errors import BackendError
+from megaback.model.sending import sent
+
+
+@dataclass(frozen=True)
+class SegmentGroups:
+    """Segments of one padded length each, for one call per group."""
+
+    shapes: tuple[tuple[int, int], ...]
+    """(number of segments, padded length) of each group."""
+    source_P: Tensor | None
+    """Index of the packed token at each place of the groups; None: they are in packed order."""
+    place_T: Tensor | None
+    """Place of each packed token."""
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Segments of packed tokens: cu_seqlens is int32, shape (segments + 1,), from 0 to T."""
+    """Segments of packed tokens.
+
+    cu_seqlens is int32, of shape (segments + 1,), from 0 to T. Segments at its end may be empty.
+    """
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
+    """Lengths of all segments that are not empty."""
+    max_tokens: int
+    """Upper bound of the lengths, in tokens."""
 
     @classmethod
     def from_lengths(cls, lengths: tuple[int, ...], device: torch.device) -> "Segments":
         edges = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(edges.to(device), lengths)
+        return cls(edges.to(device), lengths, max(lengths))
 
     @cached_property
-    def longest(self) -> int:
-        return max(self.lengths)
+    def groups(self) -> SegmentGroups:
+        """Groups for attention on this device: of equal lengths on a CPU, of similar ones on a GPU.
+
+        A CPU saves little by fewer calls, and computes the padding.
+        """
+        device = self.cu_seqlens.device
+        return _grouped(np.array(self.lengths), device, pads=device.type != "cpu")
 
 
 AttentionBackend = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
 """(query_THE, key_TKE, value_TKE, segments) -> attended_THE"""
 
 
+def padded_boundaries(cu_seqlens: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Boundaries of segments, and of empty ones up to a power of two.
+
+    Almost all batches of a run have the same number then. It is a function of the batch alone, as
+    kernels may split their sums by it.
+    """
+    missing = (1 << (len(cu_seqlens) - 2).bit_length()) + 1 - len(cu_seqlens)
+    return np.pad(cu_seqlens, (0, missing), mode="edge")
+
+
 def sdpa_attention(
     query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, segments: Segments
 ) -> Tensor:
-    """PyTorch's scaled dot product attention, one causal call per segment."""
-    lengths = list(segments.lengths)
-    groups = query_THE.shape[1] // key_TKE.shape[1]
-    if groups > 1:
-        key_TKE = key_TKE.repeat_interleave(groups, dim=1)
-        value_TKE = value_TKE.repeat_interleave(groups, dim=1)
-    # Split once along the packed dimension: slicing a segment at a time makes the backward pass
-    # many times slower.
-    parts = zip(
-        torch.split(query_THE.transpose(0, 1), lengths, dim=1),
-        torch.split(key_TKE.transpose(0, 1), lengths, dim=1),
-        torch.split(value_TKE.transpose(0, 1), lengths, dim=1),
-        strict=True,
-    )
-    attended = [
-        F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True)[0]
-        for q, k, v in parts
-    ]
-    return torch.cat(attended, dim=1).transpose(0, 1)
+    """PyTorch's scaled dot product attention, one causal call per group of segments.
 
-
-def flash_attention(
-    query_THE: Tensor, key_TKE: Tensor, value_TKE: Tensor, segments: Segments
-) -> Tensor:
-    """flash-attn's varlen kernel: https://github.com/Dao-AILab/flash-attention."""
-    from flash_attn import flash_attn_varlen_func
-
-    attended: Tensor = flash_attn_varlen_func(
-        query_THE,
-        key_TKE,
-        value_TKE,
-        segments.cu_seqlens,
-        segments.cu_seqlens,
-        segments.longest,
-        segments.longest,
-        causal=True,
-    )
-    return attended
-
-
-_MAX_FLASH_HEAD_DIM = 256
-
-
-def attention_backend(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int
-) -> tuple[str, AttentionBackend]:
-    """Name and function of the backend for a device, by name or `auto`.
-
-    Raises BackendError when it is requested by name and cannot be used.
+    Padding follows a segment, where no token of the segment attends to it.
     """
-    if name == "sdpa":
-        return "sdpa", sdpa_attention
-    problem = _why_no_flash_attention(device, dtype, head_dim)
-    if problem is None:
-        return "flash_attn", flash_attention
-    if name == "flash_attn":
-        raise BackendError(
-            f"hardware.attention is flash_attn, but {problem}; use sdpa, or bf16 on a CUDA machine "
-            "after `pip install --no-build-isolation -e '.[flash]'`"
-        )
-    return "sdpa", sdpa_attention
+    groups = segments.groups
+    inputs = [_split_groups(packed, groups) for packed in (query_THE, key_TKE, value_TKE)]
+    repeats = query_THE.shape[1] // key_TKE.shape[1]
+    attended = [
+        _attend_group(query, key, value, shape, repeats)
+        for shape, query, key, value in zip(groups.shapes, *inputs, strict=True)
+    ]
+    attended_PHE = torch.cat(attended)
+    return attended_PHE if groups.place_T is None else attended_PHE.index_select(0, groups.place_T)
 
 
-def _why_no_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    if device.type != "cuda":
-        return f"the device is {device.type}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"its kernels do not support {str(dtype).removeprefix('torch.')}"
-    if head_dim > _MAX_FLASH_HEAD_DIM:
-        return f"its heads have at most {_MAX_FLASH_HEAD_DIM} dimensions, not {head_dim}"
-    try:
-        import flash_attn  # noqa: F401 - an installed package may still fail to import
-    except ImportError as error:
-        return f"it cannot be imported ({error})"
-    return None
+def _split_groups(packed: Tensor, groups: SegmentGroups) -> Sequence[Tensor]:
+    # Split once: slicing a segment at a time makes the backward pass many times slower.
+    padded = packed if groups.source_P is None else packed.index_select(0, groups.source_P)
+    return torch.split(padded, [number * length for number, length in groups.shapes])
+
+
+def _attend_group(
+    query: Tensor, key: Tensor, value: Tensor, shape: tuple[int, int], repeats: int
+) -> Tensor:
+    """Attention within each of `number` segments of one length, from and to packed order."""
+    if repeats > 1:
+        key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
+    query, key, value = (
+        heads.reshape(*shape, *heads.shape[1:]).transpose(1, 2) for heads in (query, key, value)
+    )
+    attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return attended.transpose(1, 2).flatten(0, 1)
+
+
+def _grouped(lengths: npt.NDArray[np.int64], device: torch.device, *, pads: bool) -> SegmentGroups:
+    padded = _padded_lengths(lengths) if pads else lengths
+    sizes, numbers = np.unique(padded, return_counts=True)
+    shapes = tuple(zip(numbers.tolist(), sizes.tolist(), strict=True))
+    if len(shapes) == 1 and (padded == lengths).all():
+        return SegmentGroups(shapes, None, None)
+    order = np.argsort(padded, kind="stable")
+    starts = (lengths.cumsum() - lengths)[order]
+    lengths, padded = lengths[order], padded[order]
+    inside = np.arange(padded.sum()) - (padded.cumsum() - padded).repeat(padded)
+    last = (lengths - 1).repeat(padded)
+    source = starts.repeat(padded) + np.minimum(inside, last)
+    place = np.empty(lengths.sum(), dtype=np.int64)
+    is_token = inside <= last
+    place[source[is_token]] = np.flatnonzero(is_token)
+    return SegmentGroups(
+        shapes, sent(torch.from_numpy(source), device), sent(torch.from_numpy(place), device)
+    )
+
+
+_MIN_PADDING_STEP = 16
+_STEPS_PER_DOUBLING = 8
+
+
+def _padded_lengths(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Lengths rounded up to a few distinct ones, at most a fifth longer from 128 tokens on."""
+    doublings = 2 ** np.ceil(np.log2(lengths)).astype(np.int64)
+    steps = np.maximum(doublings // _STEPS_PER_DOUBLING, _MIN_PADDING_STEP)
+    return -(-lengths // steps) * steps

@@ -39,11 +39,12 @@ class Rotary:
         angles_TE = torch.outer(positions_T.float(), frequencies).repeat(1, 2)[:, None, :]
         return cls(angles_TE.cos(), angles_TE.sin())
 
-    def turn(self, heads_THE: Tensor) -> Tensor:
+    def turn(self, heads_THE: Tensor, dtype: torch.dtype) -> Tensor:
+        """Heads that are rotated, in a dtype."""
         first, second = heads_THE.float().chunk(2, dim=-1)
         turned_THE = torch.cat((-second, first), dim=-1)
         rotated_THE = heads_THE.float() * self.cos_T1E + turned_THE * self.sin_T1E
-        return rotated_THE.to(heads_THE.dtype)
+        return rotated_THE.to(dtype)
 
 
 class Elementwise(Protocol):
@@ -61,7 +62,12 @@ def _recomputed(function: Callable[..., Tensor], *arguments: object) -> Tensor:
 
     Such functions are cheap compared to matrix products, and account for most activation memory.
     """
-    result: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+    result: Tensor = checkpoint(
+        function,
+        *arguments,
+        use_reentrant=False,
+        preserve_rng_state=False,  # there is no dropout
+    )
     return result
 
 
@@ -108,8 +114,9 @@ class Attention(nn.Module):
         value_TKE = self.v_proj(hidden_TD).unflatten(-1, (-1, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             query_THE, key_TKE = self.q_norm(query_THE), self.k_norm(key_TKE)
-        query_THE = self.elementwise(rotary.turn, query_THE)
-        key_TKE = self.elementwise(rotary.turn, key_TKE)
+        # Kernels need one dtype. In autocast the norms' weights make queries and keys fp32.
+        query_THE = self.elementwise(rotary.turn, query_THE, value_TKE.dtype)
+        key_TKE = self.elementwise(rotary.turn, key_TKE, value_TKE.dtype)
         attended_THE = self.backend(query_THE, key_TKE, value_TKE, segments)
         output_TD: Tensor = self.o_proj(attended_THE.flatten(1))
         return output_TD
@@ -197,7 +204,7 @@ class ReverseGPT(nn.Module):
                 module.elementwise = call
 
     def exclude_attention_from_compile(self) -> None:
-        """Disable compilation of attention, whose segments differ in every batch.
+        """Disable compilation of attention, for backends that torch.compile does not trace.
 
         Not at import, which would load the compiler for inference too.
         """
@@ -219,7 +226,14 @@ class ReverseGPT(nn.Module):
         rotary = Rotary.at(positions_T, shape.head_dim, shape.rope_theta)
         for block in self.model.layers:
             if self.activation_checkpointing == "block" and self.training:
-                hidden_TD = checkpoint(block, hidden_TD, rotary, segments, use_reentrant=False)
+                hidden_TD = checkpoint(
+                    block,
+                    hidden_TD,
+                    rotary,
+                    segments,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
             else:
                 hidden_TD = block(hidden_TD, rotary, segments)
         normed_TD: Tensor = self.model.norm(hidden_TD)

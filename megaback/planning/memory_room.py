@@ -55,7 +55,8 @@ def require_memory(config: Config, vocab_size: int, rooms: Sequence[AvailableMem
         vocab_size=vocab_size, attended_tokens=0.0, total_tokens=None, shard_bytes=None, notes=()
     )
     memory = memory_of(config, facts, cluster)
-    needed = certain_bytes(memory.parts, config.training.compile)
+    is_compiled = config.training.may_compile_on(device.is_cpu)
+    needed = certain_bytes(memory.parts, is_compiled)
     if needed <= there:
         return
     advice = advice_to_fit(config, facts, cluster, can_add_nodes=False)

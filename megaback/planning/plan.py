@@ -279,13 +279,14 @@ def _combined(
 
 
 def _is_allowed(config: Config) -> bool:
-    """Whether the stage supports the offload, as in ZeroSection."""
+    """Whether the stage supports the offload, as in ZeroSection, and compilation."""
     minimum = {"none": 0, "optimizer": 1, "parameters": 3}[config.zero.offload]
-    return config.zero.stage >= minimum
+    maximum = 2 if config.training.compile == "on" else 3
+    return minimum <= config.zero.stage <= maximum
 
 
 def _attention(config: Config, device: Device) -> Attention:
-    """Backend that hardware.attention selects on a device, if flash-attn is installed."""
+    """Backend that hardware.attention selects on a device; all kernels need the same memory."""
     can_flash = (
         not device.is_cpu
         and config.training.precision == "bf16"

@@ -66,7 +66,7 @@ def rehearsal_config(
         update={
             "model": model,
             "training": config.training.model_copy(
-                update={"steps": steps, "epochs": None, "compile": False}
+                update={"steps": steps, "epochs": None, "compile": "off"}
             ),
             "hardware": config.hardware.model_copy(update=hardware),
             "validation": ValidationSection(),

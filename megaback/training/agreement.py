@@ -16,9 +16,9 @@ from torch import Tensor
 from data_pipeline.errors import MegabackError
 from data_pipeline.loading.rows import Batch
 from megaback.checkpoints.pipeline import CheckpointPipeline
-from megaback.distributed.sending import sent
 from megaback.distributed.world import Reduction, World, attempt
 from megaback.faults.stop_request import StopRequest
+from megaback.model.sending import sent
 from megaback.training.run import Run
 
 

@@ -10,6 +10,7 @@ from megaback.data import Data
 from megaback.distributed.versions import library_versions
 from megaback.distributed.world import World
 from megaback.faults.watchdog import Watchdog
+from megaback.model.compiler import GraphCounter
 from megaback.training.start import Changes
 
 
@@ -24,6 +25,8 @@ class Run:
     val_loss: float | None
     """Loss of the latest validation, in nats per target, if the run was resumed."""
     attention: str
+    compiler: GraphCounter | None
+    """Compiler of the model, if it is compiled."""
     num_parameters: int
     flops_per_token: float
     peak_flops: float | None
@@ -70,12 +73,13 @@ class Run:
 def batch_arithmetic(run: Run, world: World) -> str:
     """Sizes of model, step and run, in three lines."""
     config, data = run.config, run.data
+    compiled = "" if run.compiler is None else " compiled"
     tokens_per_step = config.batch.global_batch_rows * config.batch.context_tokens
     epochs = data.total_steps * config.batch.global_batch_rows / data.rows_per_epoch
     return (
         f"{run.num_parameters:,} parameters, vocabulary {data.codec.vocab_size:,}, writing "
         f"{data.text_format.direction.value} by {data.text_format.unit.value}; attention "
-        f"{run.attention}, {config.training.precision}, ZeRO stage {config.zero.stage}, "
+        f"{run.attention}, {config.training.precision}{compiled}, ZeRO stage {config.zero.stage}, "
         f"{world.device.type}\n"
         f"step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "
         f"{world.size} ranks x {data.accumulation_steps} accumulation = {tokens_per_step:,} tokens"

@@ -44,8 +44,13 @@ from megaback.faults.run_ownership import place_of_config, require_run_folder
 from megaback.faults.start_fence import Fence
 from megaback.faults.step_guard import read_excluded_steps
 from megaback.faults.watchdog import Watchdog
-from megaback.model.attention import attention_backend
-from megaback.model.compiler import require_compiler
+from megaback.model.attention_choice import (
+    Attention,
+    choose_attention,
+    report_slow_attention,
+    require_same_attention,
+)
+from megaback.model.compiler import GraphCounter, why_not_compiled
 from megaback.model.gpt import ReverseGPT
 from megaback.model.mup import initial_weights
 from megaback.planning.flops import flops_per_token
@@ -98,15 +103,9 @@ def prepare_run(
     lock = None if is_new else world.run_collectively(_lock_run_folder, config, world)
     data = world.run_collectively(open_data, config, world.rank, world.size)
     world.run_collectively(require_precision, config.training.precision, world.device)
-    attention, backend = world.run_collectively(
-        attention_backend,
-        config.hardware.attention,
-        world.device,
-        torch.bfloat16 if config.training.precision == "bf16" else torch.float32,
-        config.model.head_dim,
-    )
-    if config.training.compile:
-        world.run_collectively(require_compiler, world.device.type, "training.compile")
+    attention = world.run_collectively(_choose_attention, config, world)
+    world.run_collectively(require_same_attention, world.gather(attention.name, str))
+    compiler = world.run_collectively(_choose_compiler, config, world, attention)
     world.run_collectively(require_installed, config)
     world.run_collectively(_on_first_rank, world, _require_copy_target, config, data)
     seen_step = _newest_step(config, world)
@@ -147,7 +146,7 @@ def prepare_run(
     model = ReverseGPT(
         config.model,
         data.codec.vocab_size,
-        backend,
+        attention.backend,
         config.training.activation_checkpointing,
         config.optimizer.z_loss,
     )
@@ -177,7 +176,9 @@ def prepare_run(
     attended = world.run_collectively(data.attended_tokens)
     token_flops = flops_per_token(config.model, data.codec.vocab_size, attended)
     num_parameters, shapes = model.num_parameters(), model.shapes()
-    engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)
+    if compiler is not None and not attention.is_traceable:
+        model.exclude_attention_from_compile()
+    engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps, compiler)
     if found is not None:
         load_into_engine(engine, *found, world)
     else:
@@ -194,7 +195,8 @@ def prepare_run(
         engine=engine,
         start_step=start_step,
         val_loss=found[1].val_loss if found is not None else None,
-        attention=attention,
+        attention=attention.name,
+        compiler=compiler,
         num_parameters=num_parameters,
         flops_per_token=token_flops,
         peak_flops=config.hardware.peak_flops
@@ -208,6 +210,25 @@ def prepare_run(
         lock=lock,
         changes=changes,
     )
+
+
+def _choose_attention(config: Config, world: World) -> Attention:
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    head_dim = config.model.head_dim
+    attention = choose_attention(config.hardware.attention, world.device, dtype, head_dim)
+    if world.is_first:
+        report_slow_attention(attention, world.device, dtype, head_dim)
+    return attention
+
+
+def _choose_compiler(config: Config, world: World, attention: Attention) -> GraphCounter | None:
+    training, device = config.training, world.device.type
+    reason = why_not_compiled(training, config.zero.stage, device, attention)
+    if reason is None:
+        return GraphCounter()
+    if world.is_first and training.compile == "auto" and device != "cpu":
+        _LOG.warning("training is not compiled: %s", reason)
+    return None
 
 
 def _on_first_rank(world: World, question: Callable[..., None], *arguments: Any) -> None:

@@ -36,6 +36,9 @@ from megaback.training.run import Run, batch_arithmetic
 from megaback.training.start import describe_changes
 from megaback.training.validation import evaluate, to_device
 
+_COMPILING_STEPS = 2
+"""First steps of a run, in which compiling is no news."""
+
 
 class Trainer:
     """Training loop of a run that is set up."""
@@ -62,7 +65,13 @@ class Trainer:
             self.log,
         )
         self._ahead = StepAhead(run, world, stop, self._checkpoints)
-        self._batches = DeviceBatches(world.device, partial(to_device, device=world.device))
+        send = partial(
+            to_device,
+            device=world.device,
+            context_tokens=run.config.batch.context_tokens,
+            is_compiled=run.compiler is not None,
+        )
+        self._batches = DeviceBatches(world.device, send)
         self._saved_step = run.start_step
         self._val_loss = run.val_loss
 
@@ -146,6 +155,7 @@ class Trainer:
     ) -> None:
         """Take a step, unless the guard skips it."""
         run, optimizer = self._run, self._run.config.optimizer
+        num_graphs = 0 if run.compiler is None else run.compiler.num_graphs
         run.watchdog.set_phase("computing gradients", step + 1)
         is_first = step == run.start_step
         # Nothing is decided by the maxima, so they travel during the whole step. Memory of the
@@ -179,6 +189,8 @@ class Trainer:
             skipped=skipped,
         )
         self._record(lambda log: log.train(record))
+        if run.compiler is not None and step >= run.start_step + _COMPILING_STEPS:
+            run.compiler.report_growth(num_graphs, f"step {step + 1:,}")
         self._guard.record(step + 1, record.loss, gradient_norm, skipped)
 
     def _begin_maxima(self) -> Reduction:
@@ -222,6 +234,7 @@ class Trainer:
             run.data.codec.piece_num_bytes(),
             world,
             lambda: run.watchdog.set_phase("validating", done),
+            is_compiled=run.compiler is not None,
         )
         self._record(lambda log: log.validation(done, measured))
         loss = measured.whole.nats_per_token

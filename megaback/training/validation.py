@@ -1,6 +1,7 @@
 """Validation: loss on the whole val set in nats per token and bits per byte, also by context."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -9,23 +10,40 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch
-from megaback.distributed.sending import sent
 from megaback.distributed.world import World, attempt
-from megaback.model.attention import Segments
+from megaback.model.attention import Segments, padded_boundaries
+from megaback.model.compiler import compile_for_any_length
+from megaback.model.sending import sent
 from megaback.tracking.loss_by_context import ContextLoss, bucket_of, num_buckets
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Segments]:
-    """Arguments of the model's forward pass, on its device."""
+def to_device(
+    batch: Batch,
+    device: torch.device,
+    context_tokens: int | None = None,
+    *,
+    is_compiled: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Segments]:
+    """Arguments of the model's forward pass, on its device.
+
+    With `context_tokens`, the length of a row, the shapes and numbers in them are the same for
+    almost every batch of as many rows, and with `is_compiled` the same code serves all of them.
+    """
     lengths = tuple(np.diff(batch.cu_seqlens).tolist())
+    boundaries = batch.cu_seqlens
+    if context_tokens is not None:
+        boundaries = padded_boundaries(boundaries)
     ids_T, targets_T, cu_seqlens = (
         sent(torch.from_numpy(array), device)
-        for array in (batch.ids_T, batch.targets_T, batch.cu_seqlens)
+        for array in (batch.ids_T, batch.targets_T, boundaries)
     )
+    if is_compiled:
+        compile_for_any_length(cu_seqlens)
     # Positions are computed on the device, which is faster than sending them.
     starts_T = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=len(ids_T))
     positions_T = torch.arange(len(ids_T), device=device) - starts_T
-    return ids_T, targets_T, positions_T, Segments(cu_seqlens, lengths)
+    max_tokens = context_tokens or max(lengths)
+    return ids_T, targets_T, positions_T, Segments(cu_seqlens, lengths, max_tokens)
 
 
 def agreed_batches(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
@@ -55,17 +73,22 @@ def evaluate(
     piece_num_bytes: npt.NDArray[np.int64],
     world: World,
     on_batch: Callable[[], None],
+    *,
+    is_compiled: bool = False,
 ) -> ContextLoss:
     """Loss on a val set that is distributed over all ranks, with the same result on every rank.
 
-    `context_tokens`: length of a row. `on_batch` is called before each batch.
+    `context_tokens`: length of a row. `on_batch` is called before each batch. `is_compiled`: the
+    model is compiled for training; this runs it uncompiled, as compiling again takes minutes.
     """
     engine.eval()
     sums_3B = np.zeros((3, num_buckets(context_tokens)))
     on_batch()
     for batch in agreed_batches(batches, world):
         on_batch()
-        nats_T = engine(*to_device(batch, world.device)).double().cpu().numpy()
+        inputs = to_device(batch, world.device, context_tokens)
+        with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+            nats_T = engine(*inputs).double().cpu().numpy()
         is_target_T = batch.targets_T != IGNORED_TARGET
         bucket_N = bucket_of(batch.positions_T[is_target_T] + 1)
         bytes_N = piece_num_bytes[batch.targets_T[is_target_T]]

@@ -35,7 +35,7 @@ from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.text.codec import Direction, TextCodec, TextFormat, Unit
 from megaback.checkpoints.safetensors_file import Spec
 from megaback.config import ModelSection
-from megaback.model.attention import attention_backend
+from megaback.model.attention_choice import choose_attention
 from megaback.model.gpt import ReverseGPT
 from megaback.planning.host_memory import host_memory_bytes
 from megaback.run_folder import ADAPTER_NAME, MODEL_CONFIG_NAME
@@ -308,10 +308,10 @@ def load_model_folder(
     stored.report_changed()
     if device.type == "cpu":
         _require_memory(folder, description, dtype)
-    _, backend = attention_backend("auto", device, dtype, description.shape.head_dim)
-    _LOG.debug("loading %s to %s as %s, attention by %s", folder, device, dtype, backend)
+    attention = choose_attention("auto", device, dtype, description.shape.head_dim)
+    _LOG.debug("loading %s to %s as %s, attention by %s", folder, device, dtype, attention.name)
     with torch.device("meta"):
-        model = ReverseGPT(description.shape, description.vocab_size, backend)
+        model = ReverseGPT(description.shape, description.vocab_size, attention.backend)
     model.to(dtype).to_empty(device=device)
     if description.shape.tie_embeddings:  # `to_empty` has untied them
         model.lm_head.weight = model.model.embed_tokens.weight

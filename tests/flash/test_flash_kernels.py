@@ -20,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaback.model.attention import AttentionBackend, Segments, flash_attention, sdpa_attention
+from megaback.model.attention import AttentionBackend, Segments, sdpa_attention
+from megaback.model.flash_attention import FLASH_ATTN
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(
@@ -121,7 +122,7 @@ def through(backend: AttentionBackend, case: Case) -> Attended:
 @cache
 def flash(case: Case) -> Attended:
     """Result of flash-attn, cached for all tests, as interpretation takes a second."""
-    return through(flash_attention, case)
+    return through(FLASH_ATTN.load(), case)
 
 
 def exact(case: Case) -> Attended:

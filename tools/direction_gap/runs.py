@@ -156,13 +156,13 @@ def _facts(meta: "CheckpointMeta", other: "CheckpointMeta") -> Iterator[tuple[st
 def _load(target: Path, device: "torch.device") -> "ReverseGPT":
     import torch
 
-    from megaback.model.attention import attention_backend
+    from megaback.model.attention_choice import choose_attention
     from megaback.model.gpt import ReverseGPT
     from megaback.weights.source import open_checkpoint
 
     source = open_checkpoint(target)
     shape = source.description.shape
-    _, backend = attention_backend("auto", device, torch.float32, shape.head_dim)
-    model = ReverseGPT(shape, source.description.vocab_size, backend)
+    attention = choose_attention("auto", device, torch.float32, shape.head_dim)
+    model = ReverseGPT(shape, source.description.vocab_size, attention.backend)
     source.fill(model)
     return model.to(device).eval()

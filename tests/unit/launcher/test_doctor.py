@@ -21,8 +21,12 @@ CPU_TORCH = {
     "gloo": True,
     "nccl": False,
     "deepspeed": "0.19.8",
-    "flash_attn": None,
-    "problems": {"flash_attn": "ModuleNotFoundError: No module named 'flash_attn'"},
+    "attention": {
+        "auto": "sdpa",
+        "kernels": dict.fromkeys(("flash_attn_4", "varlen", "flash_attn"), "the device is cpu"),
+        "install": "pip install 'torch>=2.11'",
+    },
+    "problems": {},
 }
 GPU = {"name": "H100", "memory_bytes": 80 * 10**9, "compute_capability": "9.0"}
 CUDA_TORCH = CPU_TORCH | {
@@ -30,7 +34,11 @@ CUDA_TORCH = CPU_TORCH | {
     "cuda_build": "13.0",
     "devices": [GPU] * 8,
     "nccl": True,
-    "flash_attn": "2.8.3",
+    "attention": {
+        "auto": "varlen",
+        "kernels": {"flash_attn_4": "it cannot be imported", "varlen": None, "flash_attn": None},
+        "install": "pip install 'torch>=2.11'",
+    },
 }
 LAPTOP = Machine(
     host="laptop",
@@ -76,7 +84,6 @@ def test_a_laptop_is_ready_and_its_limitations_are_listed() -> None:
     assert is_ready(explain(LAPTOP))
     assert [name for name, state in states.items() if state == "no"] == [
         "train on GPUs",
-        "flash attention",
         "train on a Slurm cluster",
     ]
     assert all(line.fix for line in explain(LAPTOP) if line.state == "no")
@@ -154,9 +161,32 @@ def test_a_terminal_gets_a_table_with_unwrapped_commands(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    doctor._print_table(explain(replace(NODE, torch=CUDA_TORCH | {"flash_attn": None})))
+    machine = replace(LAPTOP, unmet=("click is missing",))
+    doctor._print_table(explain(machine))
 
-    assert "pip install --no-build-isolation -e '.[flash]'" in capsys.readouterr().out
+    assert "pip install -c constraints.txt -e ." in capsys.readouterr().out
+
+
+def test_the_attention_that_auto_chooses_is_named() -> None:
+    assert line(LAPTOP, "attention").text == "auto is sdpa, the one for CPUs"
+    assert line(NODE, "attention").text == "auto is varlen; flash_attn, sdpa also work"
+
+
+def test_slow_attention_on_a_gpu_is_a_note_with_the_reasons_and_a_fix() -> None:
+    kernels = {"varlen": "torch.nn.attention.varlen has no varlen_attn", "flash_attn": "missing"}
+    attention = {"auto": "sdpa", "kernels": kernels, "install": "pip install 'torch>=2.11'"}
+    found = line(replace(NODE, torch=CUDA_TORCH | {"attention": attention}), "attention")
+
+    assert (found.state, found.fix) == ("note", "pip install 'torch>=2.11'")
+    assert "which is slow (varlen: torch.nn.attention.varlen has no varlen_attn;" in found.text
+
+
+def test_attention_that_cannot_be_examined_is_reported() -> None:
+    torch = {key: value for key, value in CUDA_TORCH.items() if key != "attention"}
+    machine = replace(NODE, torch=torch | {"problems": {"attention": "RuntimeError: driver"}})
+
+    assert line(machine, "attention").state == "no"
+    assert line(machine, "attention").text == "RuntimeError: driver"
 
 
 def test_this_machine_is_ready(

@@ -11,9 +11,8 @@ from megaback.distributed.device_limits import (
     require_host_memory,
     require_precision,
 )
-from megaback.model.attention import attention_backend
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 
 
 def test_offload_that_exceeds_the_hosts_memory_is_refused_with_both_sizes() -> None:
@@ -66,20 +65,3 @@ def test_a_cpu_supports_every_precision(precision: str) -> None:
 
 def test_a_cpu_has_no_known_peak() -> None:
     assert device_peak_flops(CPU, "bf16") is None
-
-
-def test_flash_attention_in_fp32_is_refused() -> None:
-    with pytest.raises(BackendError, match="float32"):
-        attention_backend("flash_attn", CUDA, torch.float32, 64)
-
-
-def test_flash_attention_with_large_heads_is_refused() -> None:
-    with pytest.raises(BackendError, match="256 dimensions, not 320"):
-        attention_backend("flash_attn", CUDA, torch.bfloat16, 320)
-
-
-@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float32, 64), (torch.bfloat16, 320)])
-def test_auto_selects_sdpa_where_flash_attention_cannot_be_used(
-    dtype: torch.dtype, head_dim: int
-) -> None:
-    assert attention_backend("auto", CUDA, dtype, head_dim)[0] == "sdpa"

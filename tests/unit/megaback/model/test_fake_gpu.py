@@ -41,7 +41,7 @@ def traffic_of(model: ReverseGPT, lengths: tuple[int, ...]) -> Traffic:
 
 
 @on_fake_gpu
-def test_gradients_are_those_of_the_cpu_without_a_copy_or_a_wait() -> None:
+def test_gradients_are_those_of_the_cpu_without_a_wait() -> None:
     for kind in KINDS:
         on_cpu, on_gpu = make_model(), moved(make_model())
         for model in (on_cpu, on_gpu):
@@ -52,13 +52,16 @@ def test_gradients_are_those_of_the_cpu_without_a_copy_or_a_wait() -> None:
         with counted() as traffic:
             found = trained(on_gpu, batch)
 
-        assert traffic.syncs == traffic.to_device == traffic.to_host == [], traffic
+        assert traffic.syncs == traffic.to_host == [], traffic
+        # The two tensors of sdpa's groups, in pinned memory: the host does not wait.
+        assert len([line for line in traffic.to_device if " in sent," in line]) == 2, traffic
+        assert len(traffic.to_device) == 2, traffic
         for name, value in found.items():
             assert value.device == gpu()
             torch.testing.assert_close(value.cpu(), expected[name], msg=f"{name}, {kind}")
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 150), (torch.bfloat16, 185)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 155), (torch.bfloat16, 190)])
 @on_fake_gpu
 def test_the_kernels_of_a_layer_are_bounded(dtype: torch.dtype, bound: int) -> None:
     """With one document. The backward passes of fused kernels are counted in their parts."""

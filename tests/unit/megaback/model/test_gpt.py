@@ -10,11 +10,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from data_pipeline.errors import BackendError
 from data_pipeline.loading.rows import IGNORED_TARGET
-from megaback.model.attention import attention_backend, sdpa_attention
 from megaback.model.gpt import ReverseGPT, _recomputed
-from tests.helpers.small_models import CPU, VOCAB_SIZE, make_model, packed, random_ids, section
+from tests.helpers.small_models import VOCAB_SIZE, make_model, packed, random_ids, section
 
 
 def stock_model(model: ReverseGPT) -> LlamaForCausalLM | Qwen3ForCausalLM:
@@ -261,16 +259,6 @@ def test_tied_embeddings_are_counted_once() -> None:
     untied, tied = (make_model(tie_embeddings=tied).num_parameters() for tied in (False, True))
 
     assert untied - tied == VOCAB_SIZE * section().width
-
-
-def test_requesting_unavailable_flash_attention_is_an_error() -> None:
-    with pytest.raises(BackendError, match=r"hardware\.attention is flash_attn, but the device is"):
-        attention_backend("flash_attn", CPU, torch.bfloat16, 64)
-
-
-@pytest.mark.parametrize("name", ["auto", "sdpa"])
-def test_attention_on_a_cpu_is_sdpa(name: str) -> None:
-    assert attention_backend(name, CPU, torch.float32, 64) == ("sdpa", sdpa_attention)
 
 
 def test_a_compiled_model_is_not_recompiled_for_other_segments() -> None:

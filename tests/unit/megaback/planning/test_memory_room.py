@@ -50,7 +50,9 @@ def needed(config: Config, device: str, ranks: int) -> float:
             network_bytes=0.0,
         ),
     )
-    return certain_bytes(memory_of(config, facts, cluster).parts, config.training.compile)
+    return certain_bytes(
+        memory_of(config, facts, cluster).parts, config.training.may_compile_on(device == "cpu")
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", "NVIDIA H100 80GB HBM3"])
@@ -89,7 +91,7 @@ def test_the_memory_check_can_be_disabled(tmp_path: Path) -> None:
 
 def test_the_lower_bound_excludes_activations_of_compiled_code(tmp_path: Path) -> None:
     plain = config_of(tmp_path)
-    training = plain.training.model_copy(update={"compile": True})
+    training = plain.training.model_copy(update={"compile": "on"})
     compiled = plain.model_copy(update={"training": training})
 
     assert needed(compiled, "cpu", 1) < needed(plain, "cpu", 1)

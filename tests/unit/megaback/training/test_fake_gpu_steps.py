@@ -78,6 +78,7 @@ class OneRankTrainer(Trainer):
         self._run: Any = SimpleNamespace(
             engine=Engine(model),
             start_step=0,
+            compiler=None,
             watchdog=SimpleNamespace(set_phase=lambda *_: None),
             config=SimpleNamespace(optimizer=OPTIMIZER),
             data=SimpleNamespace(
@@ -128,8 +129,8 @@ def test_the_host_waits_once_per_step() -> None:
 
     (sync,) = traffic.syncs
     assert "megaback/distributed/engine.py" in sync
-    # The batches of the next step, and numbers to agree on.
-    assert len(traffic.to_device) == 3 * ACCUMULATION_STEPS + 1, traffic
+    # The batches of the next step, with two tensors for sdpa's groups, and numbers to agree on.
+    assert len(traffic.to_device) == (3 + 2) * ACCUMULATION_STEPS + 1, traffic
     assert len(traffic.to_host) == 1, traffic
 
 
