@@ -232,7 +232,7 @@ def _changes(config: Config, cluster: Cluster) -> Iterator[_Option]:
     """(section, key, values) of possible changes, cheapest first, values mildest first."""
     stage, kept = config.zero.stage, config.training.activation_checkpointing
     rows, _ = split_batch(config.batch, cluster.ranks)
-    if config.zero.reduce_once:
+    if config.zero.reduce_once and stage >= 2:
         yield "zero", "reduce_once", (False,)
     if stage < 2:
         yield "zero", "stage", tuple(range(stage + 1, 3))

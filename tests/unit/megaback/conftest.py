@@ -24,6 +24,7 @@ def training_world() -> "Iterator[World]":
     from megaback.distributed.world import start_world
 
     environment, threads = dict(os.environ), torch.get_num_threads()
+    linear = torch.nn.functional.linear  # which ZeRO 3 replaces in all of PyTorch
     no_groups = dict(vars(groups))
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -32,6 +33,7 @@ def training_world() -> "Iterator[World]":
     dist.destroy_process_group()
     vars(groups).update(no_groups)  # DeepSpeed would reuse the destroyed groups
     deepspeed.comm.comm.cdb = None
+    torch.nn.functional.linear = linear
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
