@@ -35,7 +35,7 @@ VOCAB_SIZE = 8_888
 
 def time_saves(width: int, layers: int, turns: int, folder: Path) -> None:
     """Print the stalls of both ways of saving."""
-    os.environ |= rank_environment("cpu", 1)
+    os.environ |= rank_environment(1)
     import torch
 
     from megaback.checkpoints.checkpoint import CheckpointMeta

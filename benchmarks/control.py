@@ -181,7 +181,7 @@ def main(
             ranks = [
                 subprocess.Popen(
                     [sys.executable, __file__, *words, "--rank-config", config.model_dump_json()],
-                    env=rank_environment("cpu", processes) | names,
+                    env=rank_environment(processes) | names,
                     stdout=subprocess.DEVNULL,
                 )
                 for names in rank_names(processes)

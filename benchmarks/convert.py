@@ -58,7 +58,7 @@ _WAYS = {
 
 def save_both(width: int, layers: int, folder: Path, tokenizer: Path) -> None:
     """An engine in the state after a first step, saved by us and by DeepSpeed."""
-    os.environ |= rank_environment("cpu", 1)
+    os.environ |= rank_environment(1)
     import torch
 
     from data_pipeline.text.codec import Direction, TextCodec, Unit

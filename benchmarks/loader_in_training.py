@@ -169,7 +169,7 @@ def start_ranks(words: list[str], processes: int) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {
-        **rank_environment("cpu", processes),
+        **rank_environment(processes),
         "WORLD_SIZE": str(processes),
         "LOCAL_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",

@@ -152,7 +152,7 @@ class Ranks:
     """Processes that execute runs, one after another."""
 
     def __init__(self, ranks: int) -> None:
-        environment = {**rank_environment("cpu", ranks), "OMP_NUM_THREADS": "1", **_MALLOC}
+        environment = {**rank_environment(ranks), "OMP_NUM_THREADS": "1", **_MALLOC}
         self._ranks = [
             subprocess.Popen(
                 [sys.executable, __file__, "--serve"],

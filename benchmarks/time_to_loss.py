@@ -211,7 +211,7 @@ def run_command(config: Path, *overrides: str) -> tuple[list[dict[str, float]], 
         subprocess.run(
             [sys.executable, "-m", "megaback", "train", *words],
             check=True,
-            env=rank_environment("cpu", 1),
+            env=rank_environment(1),
             stdout=subprocess.DEVNULL,
         )
         after = os.times()

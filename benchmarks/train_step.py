@@ -201,7 +201,7 @@ class Ranks:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         common = {
-            **rank_environment("cpu", 1),
+            **rank_environment(1),
             "OMP_NUM_THREADS": "1",
             "WORLD_SIZE": str(contender.ranks),
             "LOCAL_SIZE": str(contender.ranks),

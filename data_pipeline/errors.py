@@ -174,6 +174,12 @@ class SupersededError(MegabackError):
     exit_code = 53
 
 
+class DeviceMemoryError(MegabackError):
+    """A device ran out of memory during work that was planned to fit."""
+
+    exit_code = 54
+
+
 class ServeError(MegabackError):
     """A server cannot be started: its address is in use, or is public without a token."""
 

@@ -15,8 +15,8 @@ from data_pipeline.common.shared_options import hostfile_option, save_before_opt
 from data_pipeline.errors import MegabackError
 from launcher.ranks.hostfile import read_hostfile, run_on_hosts
 from launcher.ranks.local import (
+    count_ranks,
     loss_grace_s,
-    plan_ranks,
     rank_environment,
     run_ranks,
     verdict,
@@ -74,7 +74,7 @@ def train(
     overrides = kept_overrides(overrides)
     settings = load_config(config, overrides)
     deadline_of(save_before)
-    device, processes = plan_ranks(settings)
+    processes = count_ranks(settings)
     hosts = None if hostfile is None else read_hostfile(hostfile)
     if hosts is not None:
         processes = sum(host.slots for host in hosts)
@@ -87,10 +87,10 @@ def train(
     names: list[str] = []
     grace_s = loss_grace_s(settings)
     if hosts is None:
-        environment = rank_environment(device, processes)
+        environment = rank_environment(processes)
         codes, signals = run_ranks(command, environment, processes, grace_s)
     else:
-        codes, names, signals = run_on_hosts(hosts, command, settings.hardware.device, grace_s)
+        codes, names, signals = run_on_hosts(hosts, command, grace_s)
     # The record is of another start if this one was refused, had nothing to do or is superseded.
     newest = newest_start(settings.run)
     has_started = newest is not None and newest.get("start") == start_id

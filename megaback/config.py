@@ -22,6 +22,7 @@ from data_pipeline.storage.address_variables import kept
 from data_pipeline.text.codec import Direction
 from megaback.config_section import Section
 
+LOSS_CHUNK_TOKENS = 512
 Address = Annotated[str, AfterValidator(kept)]
 """A path or URL. Its secrets are in environment variables, so that no copy of a config has them."""
 
@@ -226,6 +227,9 @@ class TrainingSection(Section):
     """Activations that the backward pass recomputes instead of storing. block: each block's, a
     third more compute; selective: all but the results of matrix products and attention, little more
     compute."""
+    loss_chunk_tokens: Annotated[int, ranges.SIZE] = LOSS_CHUNK_TOKENS
+    """Number of tokens whose logits are computed at a time. Fewer need less memory for logits, and
+    more time. Changes no loss by more than rounding."""
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_word)] = "auto"
     """Compilation with torch.compile: faster steps, after a minute of compiling at the start. auto:
     on with a GPU, off on a CPU."""

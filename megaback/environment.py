@@ -1,4 +1,4 @@
-"""Environment variables that the launcher or Slurm sets for a rank."""
+"""Environment variables of a rank, and of Slurm's job."""
 
 import os
 
@@ -9,8 +9,19 @@ LAUNCHER_VARIABLE = "MEGABACK_LAUNCHER"
 HOST_VARIABLE = "MEGABACK_HOST"
 """Name of this node in the hostfile."""
 
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
 
 def slurm_job() -> tuple[str | None, int]:
     """The Slurm job of this process, None outside of one, and how often it was restarted."""
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     return os.environ.get("SLURM_JOB_ID"), int(restarts) if restarts.isdecimal() else 0
+
+
+def use_expandable_segments() -> None:
+    """Let PyTorch's allocator on GPUs grow its segments, which fragments less memory.
+
+    To be called before torch is imported. A setting of the user's is kept.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"

@@ -10,6 +10,7 @@ from data_pipeline.errors import BatchError as BatchError
 from data_pipeline.errors import CheckpointCorruptError as CheckpointCorruptError
 from data_pipeline.errors import CheckpointMissingError as CheckpointMissingError
 from data_pipeline.errors import ConfigError as ConfigError
+from data_pipeline.errors import DeviceMemoryError as DeviceMemoryError
 from data_pipeline.errors import DirectionMismatchError as DirectionMismatchError
 from data_pipeline.errors import LaunchError as LaunchError
 from data_pipeline.errors import MegabackError as MegabackError

@@ -9,15 +9,18 @@ from pathlib import Path
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
     from data_pipeline.common.console import protect_console
+    from megaback.environment import use_expandable_segments
     from megaback.faults.stop_request import exit_at_ctrl_c
 
     exit_at_ctrl_c()
+    use_expandable_segments()
     protect_console()
 
 import click
 
-from data_pipeline.common.command import WorkCommand, examples
+from data_pipeline.common.command import WorkCommand, examples, report
 from data_pipeline.common.console import only_comments
+from data_pipeline.common.device_memory import failed_allocation
 from data_pipeline.common.driver_reports import print_exception
 from data_pipeline.common.number_ranges import MANY_OR_ZERO
 from data_pipeline.errors import (
@@ -42,6 +45,7 @@ from megaback.distributed.world import (
 from megaback.faults.stop_request import StopRequest, deadline_of
 from megaback.faults.watchdog import Watchdog
 from megaback.installation import HIDDEN, is_whole
+from megaback.training.out_of_memory import device_memory_error
 from megaback.training.setup import prepare_run
 from megaback.training.start import AlreadyTrained
 from megaback.training.trainer import Trainer
@@ -104,6 +108,15 @@ def _train_as_rank(
         # No collective is possible here: the other ranks read this rank's exit from its heartbeat.
         if is_collective_error(fault):
             os._exit(watchdog.report_lost().exit_code)
+        failed = failed_allocation(fault)
+        if failed is not None:
+            error = device_memory_error(config, world, failed)
+            if not watchdog.is_open or watchdog.record_exit(
+                error.exit_code, type(error).__name__, str(error)
+            ):
+                report(error)  # only the first rank that records it
+            watchdog.mark_exited(str(error))
+            os._exit(error.exit_code)
         print_exception(type(fault), fault, fault.__traceback__)
         reason_text = scrub(f"{type(fault).__name__}: {' '.join(str(fault).split())}")
         if watchdog.is_open:

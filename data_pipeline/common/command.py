@@ -26,6 +26,7 @@ from data_pipeline.common.console import (
     protect_console,
 )
 from data_pipeline.common.control_characters import on_one_line
+from data_pipeline.common.device_memory import memory_error_of_use
 from data_pipeline.common.interrupts import (
     Interrupted,
     at_work,
@@ -252,7 +253,8 @@ class Command(WithShortHelp):
             return READER_GONE_CODE
         if isinstance(error, OSError):
             return report(system_error(error))
-        return None
+        memory_error = memory_error_of_use(error)
+        return None if memory_error is None else report(memory_error)
 
     def _advice(self) -> str:
         return ""

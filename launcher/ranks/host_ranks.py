@@ -17,7 +17,6 @@ from typing import IO, Any
 
 from launcher.ranks.local import (
     Running,
-    device_here,
     rank_environment,
     reasons,
     start_rank,
@@ -31,7 +30,7 @@ def run_order(channel: IO[bytes]) -> int:
     """Start the ranks of the order, and wait for them. Returns the exit code."""
     order: dict[str, Any] = json.loads(channel.readline())
     os.environ.update(order["environment"])
-    environment = rank_environment(device_here(order["device"]), len(order["names"]))
+    environment = rank_environment(len(order["names"]))
     pipes = [os.pipe(), os.pipe()]
     forwarding = [
         Thread(target=_forward, args=(pipe[0], number), daemon=True)

@@ -27,7 +27,6 @@ from data_pipeline.errors import LaunchError
 from launcher.ranks.local import (
     GRACE_S,
     Running,
-    device_here,
     rank_environment,
     rank_names,
     start_rank,
@@ -44,8 +43,11 @@ _MAX_RANKS = 1 << 16
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
 _PASSED_ON = (
-    *("DS_", "GLOO_", "MEGABACK_", "NCCL_", "OMP_", "PYTHON", "TORCH", "TRITON_", "UCX_"),
+    *("CUDA_", "DS_", "FI_", "GLOO_", "MEGABACK_", "NCCL_", "OMP_", "PYTHON", "PYTORCH_"),
     *(
+        "TORCH",
+        "TRITON_",
+        "UCX_",
         "AWS_",
         "AZURE_",
         "FSSPEC_",
@@ -59,6 +61,7 @@ _PASSED_ON = (
     *("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"),
 )
 """Prefixes of the variables that are passed to ranks on other hosts."""
+_OF_ONE_HOST = {"CUDA_VISIBLE_DEVICES"}
 
 
 @dataclass(frozen=True)
@@ -162,13 +165,13 @@ def host_rank_names(hosts: Sequence[Host]) -> list[list[dict[str, str]]]:
 
 
 def run_on_hosts(
-    hosts: Sequence[Host], command: Sequence[str], device: str, grace_s: float = GRACE_S
+    hosts: Sequence[Host], command: Sequence[str], grace_s: float = GRACE_S
 ) -> tuple[list[int], list[str], list[int]]:
     """Run ranks on all hosts to their end, passing signals on to every one.
 
-    `device` is hardware.device; each host resolves `auto`. `grace_s` is as for `run_ranks`. Returns
-    the exit codes in the order in which they ended (one per rank here, one per other host), the
-    host of each, and the received signals. Raises LaunchError.
+    `grace_s` is as for `run_ranks`. Returns the exit codes in the order in which they ended (one
+    per rank here, one per other host), the host of each, and the received signals. Raises
+    LaunchError.
     """
     names = host_rank_names(hosts)
     ssh = [] if all(host.is_local for host in hosts) else ssh_command()
@@ -178,9 +181,9 @@ def run_on_hosts(
         for host, its_names in zip(hosts, names, strict=True):
             if not host.is_local:
                 places.append(host.name)
-                yield RemoteRanks(ssh, host, command, its_names, device, grace_s)
+                yield RemoteRanks(ssh, host, command, its_names, grace_s)
                 continue
-            environment = rank_environment(device_here(device), host.slots)
+            environment = rank_environment(host.slots)
             for one in its_names:
                 places.append(host.name)
                 yield start_rank(command, {**environment, **one})
@@ -198,13 +201,11 @@ class RemoteRanks:
         host: Host,
         command: Sequence[str],
         names: Sequence[Mapping[str, str]],
-        device: str,
         grace_s: float,
     ) -> None:
         order = {
             "command": list(command),
             "names": [dict(one) for one in names],
-            "device": device,
             "grace_s": grace_s,
             "environment": passed_environment(os.environ),
         }
@@ -267,4 +268,8 @@ def ssh_command() -> list[str]:
 
 def passed_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that are passed to ranks on other hosts."""
-    return {name: value for name, value in environment.items() if name.startswith(_PASSED_ON)}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_PASSED_ON) and name not in _OF_ONE_HOST
+    }

@@ -54,17 +54,10 @@ class Running(Protocol):
         """Kill it."""
 
 
-def device_here(wanted: str) -> str:
-    """The device of hardware.device on this machine."""
-    if wanted == "auto":
-        return "cuda" if count_devices() else "cpu"
-    return wanted
-
-
-def plan_ranks(config: Config) -> tuple[str, int]:
-    """The device and the number of ranks for this machine."""
-    device = device_here(config.hardware.device)
-    return device, config.hardware.processes or (count_devices() if device == "cuda" else 1) or 1
+def count_ranks(config: Config) -> int:
+    """The number of ranks for this machine."""
+    hardware = config.hardware
+    return hardware.processes or (hardware.device != "cpu" and count_devices()) or 1
 
 
 def loss_grace_s(config: Config) -> float:
@@ -72,12 +65,11 @@ def loss_grace_s(config: Config) -> float:
     return GRACE_S + 4 * config.hardware.heartbeat_s
 
 
-def rank_environment(device: str, processes: int) -> dict[str, str]:
+def rank_environment(processes: int) -> dict[str, str]:
     """The environment of the ranks: this one, with fewer warnings and the cores divided."""
     environment = dict(os.environ)
-    if device == "cpu":
-        cores = len(os.sched_getaffinity(0))
-        environment.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))
     environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     return environment
 

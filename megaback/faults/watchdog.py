@@ -20,7 +20,7 @@ from typing import IO, Any
 import psutil
 
 from data_pipeline.common.command import report
-from data_pipeline.errors import MegabackError, RankLostError, StorageError
+from data_pipeline.errors import DeviceMemoryError, MegabackError, RankLostError, StorageError
 from megaback.config import HardwareSection
 from megaback.distributed.world import World
 from megaback.faults.exit_record import read_exit, record_exit
@@ -38,7 +38,7 @@ from megaback.faults.run_place import RunPlace
 from megaback.faults.start_fence import NO_FENCE, Fence, Start, begin_start, superseded
 from megaback.run_folder import HEARTBEATS_FOLDER, heartbeat_path
 
-_ONE_SIDED = (RankLostError.exit_code, MegabackError.exit_code)
+_ONE_SIDED = (RankLostError.exit_code, MegabackError.exit_code, DeviceMemoryError.exit_code)
 """Exit codes of a rank that ends without an agreement of all ranks."""
 _MIN_POLL_S = 0.2
 

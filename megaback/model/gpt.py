@@ -18,10 +18,10 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data_pipeline.loading.rows import IGNORED_TARGET
-from megaback.config import ModelSection
+from megaback.config import LOSS_CHUNK_TOKENS, ModelSection
 from megaback.model.attention import AttentionBackend, Segments, sdpa_attention
 from megaback.model.mup import initial_weights
+from megaback.model.output_head import OutputHead
 
 
 @dataclass(frozen=True)
@@ -183,14 +183,15 @@ class ReverseGPT(nn.Module):
         backend: AttentionBackend = sdpa_attention,
         activation_checkpointing: str = "none",
         z_loss: float = 0.0,
+        loss_chunk_tokens: int = LOSS_CHUNK_TOKENS,
     ) -> None:
-        """`activation_checkpointing` and `z_loss`: as in the config."""
+        """`activation_checkpointing`, `z_loss` and `loss_chunk_tokens`: as in the config."""
         super().__init__()
         self.shape = shape
         self.vocab_size = vocab_size
         self.z_loss = z_loss
         self.model = Transformer(shape, vocab_size, backend)
-        self.lm_head = nn.Linear(shape.width, vocab_size, bias=False)
+        self.lm_head = OutputHead(shape.width, vocab_size, loss_chunk_tokens)
         if shape.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.checkpoint_activations(activation_checkpointing)
@@ -250,17 +251,12 @@ class ReverseGPT(nn.Module):
         """Cross-entropy of each target in nats, 0 where it is ignored: shape (T,), in fp32.
 
         In training, the gradient includes that of the z-loss, z_loss * log(sum(exp(logits)))^2
-        (Chowdhery et al., "PaLM", 2022); the value does not.
+        (Chowdhery et al., "PaLM", 2022); the value does not. The losses can be summed or averaged,
+        not weighted: their gradient is that of their sum (`OutputHead`).
         """
-        logits_TV = self.logits(ids_T, positions_T, segments).float()
-        nats_T = F.cross_entropy(
-            logits_TV, targets_T, ignore_index=IGNORED_TARGET, reduction="none"
-        )
-        if not (self.z_loss and self.training):
-            return nats_T
-        squared_T = logits_TV.logsumexp(dim=-1).square()
-        penalty_T = self.z_loss * squared_T * (targets_T != IGNORED_TARGET)
-        return nats_T + (penalty_T - penalty_T.detach())
+        hidden_TD = self.hidden(ids_T, positions_T, segments)
+        nats_T: Tensor = self.lm_head(hidden_TD, targets_T, self.z_loss if self.training else 0.0)
+        return nats_T
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters by name, in order."""

@@ -24,21 +24,15 @@ class Activations:
     """Bytes per token that each block saves."""
     rest: float
     """Bytes per token that the embedding, rotary positions and final norm save."""
-    logits: float
-    """Bytes per token that the loss saves."""
-    logits_work: float
-    """Additional bytes per token of the loss's backward pass."""
     block_work: float
     """Additional bytes per token of a block's backward pass: gradients and recomputed tensors."""
 
 
 def activations_of(
     shape: ModelSection,
-    vocab_size: int,
     arithmetic: Arithmetic,
     checkpointing: str,
     attention: Attention,
-    z_loss: bool,
 ) -> Activations:
     """Activation memory per token. `checkpointing`: as in the config."""
     whole = _block(shape, arithmetic, "none", attention)
@@ -54,14 +48,44 @@ def activations_of(
     norm = _norm(shape.width, arithmetic, recomputed=checkpointing == "selective")
     ids = 8 + 8
     rotary = 2 * _FP32 * shape.head_dim
-    head_input = size * shape.width
-    logits = _FP32 * vocab_size
+    head_gradient = size * shape.width
     return Activations(
         block=kept,
-        rest=norm + head_input + rotary + ids,
-        logits=logits * (2 if z_loss else 1),
-        logits_work=logits * (3 if z_loss else 2),
+        rest=norm + head_gradient + rotary + ids,
         block_work=work + 2 * stream * shape.width,
+    )
+
+
+@dataclass(frozen=True)
+class LossMemory:
+    """Memory of `model.output_head` at its peak, in bytes."""
+
+    weight_gradient: float
+    """Sum of the chunks' gradients of the head's weight, until the backward pass has used it."""
+    chunk: float
+    """Logits of a chunk, and what is computed from them."""
+    hidden: float
+    """Hidden states, in bytes per token, which the forward pass holds besides their gradients."""
+
+
+def loss_memory(
+    shape: ModelSection, vocab_size: int, arithmetic: Arithmetic, tokens: int, chunk_tokens: int
+) -> LossMemory:
+    """Memory of the loss of a micro-batch of `tokens`."""
+    weight, logits = vocab_size * shape.width, vocab_size * min(tokens, chunk_tokens)
+    # Logits and their logarithms, or gradients in both types with the product to be added.
+    chunk, product = 2.0 * _FP32 * logits, 0.0
+    if arithmetic != "fp32":
+        product = 2.0 * weight
+        chunk = max(chunk, (_FP32 + 2.0) * logits + product)
+    copies = 0.0
+    if arithmetic == "autocast":  # of weight and hidden states
+        copies = 2.0 * weight
+    stream = {"fp32": _FP32, "bf16": 2, "autocast": _FP32 + 2}[arithmetic]
+    return LossMemory(
+        weight_gradient=float(_FP32 * weight),
+        chunk=chunk + copies,
+        hidden=float(stream * shape.width),
     )
 
 

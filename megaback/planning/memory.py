@@ -9,7 +9,12 @@ model at the start and the copy of a checkpoint are in host memory, on a CPU the
 from dataclasses import asdict, dataclass, replace
 
 from megaback.config import ModelSection
-from megaback.planning.activation_memory import Arithmetic, Attention, activations_of
+from megaback.planning.activation_memory import (
+    Arithmetic,
+    Attention,
+    activations_of,
+    loss_memory,
+)
 from megaback.planning.flops import ModelSize
 from megaback.planning.gradient_buffer import kept_elements
 from megaback.planning.gradient_memory import GradientMemory, GradientSetting, gradient_memory
@@ -55,7 +60,7 @@ class Setting:
     checkpointing: str
     optimizer: str
     offload: str
-    z_loss: bool
+    loss_chunk_tokens: int
     attention: Attention
     saves_while_training: bool
     is_cpu: bool
@@ -202,7 +207,7 @@ def _resident(setting: Setting, size: ModelSize) -> Parts:
     optimizer = _state_bytes(size, setting.optimizer)
     gradients = buckets = 0.0
     if setting.arithmetic == "autocast":  # bf16 copies of the matrices, which stay allocated
-        weights += 2 * (size.matrices + (size.head or size.embedding))
+        weights += 2 * size.matrices
     if stage:
         optimizer = (optimizer + 4 * total) / ranks
     if stage == 3:
@@ -240,12 +245,14 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
     total, ranks, stage = size.total, setting.ranks, setting.stage
     tokens, layers = setting.micro_batch_tokens, setting.shape.num_layers
     kept = activations_of(
+        setting.shape, setting.arithmetic, setting.checkpointing, setting.attention
+    )
+    loss = loss_memory(
         setting.shape,
         setting.vocab_size,
         setting.arithmetic,
-        setting.checkpointing,
-        setting.attention,
-        setting.z_loss,
+        tokens,
+        setting.loss_chunk_tokens,
     )
     resident = _resident(setting, size)
     weights = resident.weights
@@ -270,25 +277,26 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
     # Gradients of untied embeddings follow those of the last block.
     embedding = (held.last - held.earlier) * size.embedding / total if size.head else 0.0
 
-    def moment(blocks: int, gradients: float, buckets: float, work: float, logits: float) -> Parts:
+    def moment(blocks: int, gradients: float, buckets: float, work: float) -> Parts:
         return replace(
             working,
             gradients=working.gradients + gradients,
             buckets=working.buckets + buckets,
             activations=tokens * (blocks * kept.block + kept.rest + work),
-            logits=tokens * logits,
         )
 
     reduced = 4.0 * min(total, _WHOLE_REDUCED_ELEMENTS) if stage == 0 and ranks > 1 else 0.0
     return {
-        "loss": moment(layers, held.earlier, 0, 0, kept.logits + kept.logits_work),
-        "first block": moment(layers, first, held.bucket + copied, kept.block_work, 0),
+        "loss": replace(
+            moment(layers, held.earlier + loss.weight_gradient, 0, loss.hidden),
+            logits=loss.chunk,
+        ),
+        "first block": moment(layers, first, held.bucket + copied, kept.block_work),
         "last block": moment(
             1,
             max(held.last - embedding, held.earlier),
             held.bucket + copied_last,
             kept.block_work,
-            0,
         ),
         "reduction": replace(
             resident,

@@ -12,7 +12,7 @@ from data_pipeline.errors import NotEnoughMemoryError
 from megaback.config import Config
 from megaback.planning.data_facts import RunFacts
 from megaback.planning.devices import CPU, Device
-from megaback.planning.memory import Parts
+from megaback.planning.memory import Parts, RankMemory
 from megaback.planning.plan import Cluster, advice_to_fit, memory_of
 
 _MAX_OVERESTIMATE = 1.05
@@ -42,20 +42,9 @@ def require_memory(config: Config, vocab_size: int, rooms: Sequence[AvailableMem
         room.memory_bytes / (ranks_on[room.host] if room.device == CPU else 1) for room in rooms
     ]
     there, tightest = min(zip(shares, rooms, strict=True), key=lambda pair: pair[0])
-    device = Device(
-        name=tightest.device,
-        memory_bytes=there,
-        bf16_flops=None,
-        fp32_flops=None,
-        link_bytes=0.0,
-        network_bytes=0.0,
-    )
-    cluster = Cluster(1, len(rooms), device)
-    facts = RunFacts(
-        vocab_size=vocab_size, attended_tokens=0.0, total_tokens=None, shard_bytes=None, notes=()
-    )
+    facts, cluster = _known(vocab_size, len(rooms), tightest.device, there)
     memory = memory_of(config, facts, cluster)
-    is_compiled = config.training.may_compile_on(device.is_cpu)
+    is_compiled = config.training.may_compile_on(cluster.device.is_cpu)
     needed = certain_bytes(memory.parts, is_compiled)
     if needed <= there:
         return
@@ -65,6 +54,29 @@ def require_memory(config: Config, vocab_size: int, rooms: Sequence[AvailableMem
         f"but {tightest.host} ({tightest.device}) has {there / 1e9:.1f} GB for each (peak: "
         f"{memory.moment}); {advice}; hardware.memory_check=off skips this check"
     )
+
+
+def planned_memory(config: Config, vocab_size: int, ranks: int, device: str) -> RankMemory:
+    """Memory of a rank by the plan of a run on devices of this name. Raises BatchError."""
+    return memory_of(config, *_known(vocab_size, ranks, device, 0.0))
+
+
+def _known(
+    vocab_size: int, ranks: int, device_name: str, memory_bytes: float
+) -> tuple[RunFacts, Cluster]:
+    """Facts and cluster of a plan that is for memory only."""
+    device = Device(
+        name=device_name,
+        memory_bytes=memory_bytes,
+        bf16_flops=None,
+        fp32_flops=None,
+        link_bytes=0.0,
+        network_bytes=0.0,
+    )
+    facts = RunFacts(
+        vocab_size=vocab_size, attended_tokens=0.0, total_tokens=None, shard_bytes=None, notes=()
+    )
+    return facts, Cluster(1, ranks, device)
 
 
 def certain_bytes(parts: Parts, is_compiled: bool) -> float:

@@ -159,7 +159,7 @@ def memory_of(
             checkpointing=config.training.activation_checkpointing,
             optimizer=config.optimizer.name,
             offload=config.zero.offload,
-            z_loss=config.optimizer.z_loss > 0,
+            loss_chunk_tokens=config.training.loss_chunk_tokens,
             attention=_attention(config, cluster.device),
             saves_while_training=config.checkpoint.every_steps is not None,
             is_cpu=cluster.device.is_cpu,

@@ -21,6 +21,7 @@ def arithmetic_skipped() -> Iterator[None]:
         "mm": _product,
         "bmm": _product,
         "addmm": _sum_with_product,
+        "addmm.out": _into,
         "baddbmm": _sum_with_product,
         "normal_": _in_place,
         "uniform_": _in_place,
@@ -41,6 +42,10 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 def _sum_with_product(_addend: Tensor, left: Tensor, right: Tensor, **_factors: Any) -> Tensor:
     return _product(left, right)
+
+
+def _into(_addend: Tensor, _left: Tensor, _right: Tensor, *, out: Tensor, **_: Any) -> Tensor:
+    return out
 
 
 def _in_place(tensor: Tensor, *_parameters: float, **_generator: Any) -> Tensor:

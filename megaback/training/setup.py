@@ -149,6 +149,7 @@ def prepare_run(
         attention.backend,
         config.training.activation_checkpointing,
         config.optimizer.z_loss,
+        config.training.loss_chunk_tokens,
     )
     world.run_collectively(
         require_host_memory,

@@ -29,6 +29,7 @@ from megaback.model.gpt import ReverseGPT
 from megaback.optim.build import build_optimizer
 from megaback.optim.lr_schedule import rate_factor_at
 from megaback.tracking.metrics import MACHINE_FIELDS
+from tests.helpers.whole_loss import whole_loss
 
 TOTAL_STEPS = 100
 FORWARD = ("data.direction=forward", "training.steps=null", "training.epochs=1.5")
@@ -106,7 +107,7 @@ class PlainResult:
 
 
 def train_plainly(config: Config) -> PlainResult:
-    """Train in this process: no ranks, no accumulation, no DeepSpeed.
+    """Train in this process: no ranks, no accumulation, no DeepSpeed, whole logits.
 
     bf16 is autocast's. AdamW is written out here; Muon is ours, on whole matrices (its update is
     compared with PyTorch's own Muon elsewhere).
@@ -114,7 +115,7 @@ def train_plainly(config: Config) -> PlainResult:
     torch.set_num_threads(1)  # fastest for a model this small
     data = open_data(config, 0, 1)
     section = config.optimizer
-    model = ReverseGPT(config.model, data.codec.vocab_size, z_loss=section.z_loss)
+    model = ReverseGPT(config.model, data.codec.vocab_size)
     model.initialize(config.training.seed)
     model.train()
     optimizer = _plain_optimizer(model, config)
@@ -123,7 +124,10 @@ def train_plainly(config: Config) -> PlainResult:
     for step in range(data.total_steps):
         batch = join(data.training.at(step))
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-            loss = model(*batch).sum() / (batch[1] != IGNORED_TARGET).sum()
+            ids_T, targets_T, *places = batch
+            hidden_TD = model.hidden(ids_T, *places)
+            nats_T = whole_loss(hidden_TD, model.lm_head.weight, targets_T, section.z_loss)
+            loss = nats_T.sum() / (targets_T != IGNORED_TARGET).sum()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), section.gradient_clip)

@@ -52,7 +52,7 @@ class WarmRanks:
         self._ranks = []
 
     def _start(self) -> None:
-        environment = training_environment() | rank_environment("cpu", self._world_size)
+        environment = training_environment() | rank_environment(self._world_size)
         self._ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "tests.helpers.warm_rank"],

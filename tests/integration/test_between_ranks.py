@@ -21,7 +21,7 @@ def sealed(config_path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.sealed_rank", config_path, folder],
-            env=training_environment() | rank_environment("cpu", 2) | names,
+            env=training_environment() | rank_environment(2) | names,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

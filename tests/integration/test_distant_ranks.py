@@ -44,7 +44,7 @@ def start(tmp_path: Path, config_path: Path) -> Iterator[Callable[[object], Rank
     ranks: Ranks = []
 
     def start(fault: object) -> Ranks:
-        environment = {**training_environment(), **rank_environment("cpu", 2)}
+        environment = {**training_environment(), **rank_environment(2)}
         environment |= {"PYTHONPATH": f"{_INJECTOR}:{ROOT}", "FAULT": json.dumps(fault)}
         command = [sys.executable, "-m", "megaback.train", config_path, f"run={tmp_path / 'run'}"]
         command += ["hardware.heartbeat_s=0.5", f"hardware.silence_timeout_s={_SILENCE_S}"]

@@ -26,7 +26,7 @@ import json, sys
 from pathlib import Path
 from launcher.ranks.hostfile import read_hostfile, run_on_hosts
 hosts = read_hostfile(Path(sys.argv[1]))
-print(json.dumps(run_on_hosts(hosts, [sys.executable, *sys.argv[2:]], "cpu")))
+print(json.dumps(run_on_hosts(hosts, [sys.executable, *sys.argv[2:]])))
 """
 # Writes its rank to a file, and exits as its argument says.
 _RANK = """

@@ -33,7 +33,7 @@ main()
 def test_the_longest_wait_and_the_largest_memory_of_any_rank_are_reported(
     tmp_path: Path, config_path: Path
 ) -> None:
-    environment = training_environment() | rank_environment("cpu", 2)
+    environment = training_environment() | rank_environment(2)
     options = (f"run={tmp_path / 'run'}", "training.steps=4", "zero.stage=0")
     ranks = [
         subprocess.Popen(

@@ -61,7 +61,7 @@ class Checked:
 
 def run_cases(config: Path, folder: Path, cases: list[tuple[str, str]]) -> dict[Any, Checked]:
     """All cases in one pair of ranks."""
-    environment = training_environment() | rank_environment("cpu", 2)
+    environment = training_environment() | rank_environment(2)
     ranks = [
         subprocess.Popen(
             [

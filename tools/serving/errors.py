@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
+from data_pipeline.common.device_memory import failed_allocation
 from data_pipeline.errors import ConfigError, PromptError
 from data_pipeline.text.incremental import sendable
 from tools.serving import response_schemas
@@ -63,6 +64,15 @@ def busy(message: str) -> ProblemError:
     return ProblemError(503, message, "overloaded", {"Retry-After": "1"})
 
 
+def defect(error: BaseException, message: str) -> ProblemError:
+    """The answer to a request whose work failed: 503 if its device is out of memory, else 500."""
+    if any(failed_allocation(one) for one in (error, error.__cause__) if one is not None):
+        return busy(
+            "the device is out of memory; send fewer or shorter texts, or ask for fewer samples"
+        )
+    return ProblemError(500, f"{message}; the server's log has the reason")
+
+
 def install(app: FastAPI) -> None:
     """Answer every error of this application in this form."""
 
@@ -84,7 +94,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def on_defect(_request: Request, error: Exception) -> JSONResponse:
         _log.error("unhandled error in a request", exc_info=error)
-        return ProblemError(500, "internal error; the server's log has the reason").response()
+        return defect(error, "internal error").response()
 
 
 def _unanswered(app: FastAPI, request: Request) -> ProblemError:

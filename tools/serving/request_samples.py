@@ -8,7 +8,7 @@ from functools import partial
 
 from megaback.inference.batch import Sample, Step
 from tools.serving.deadline import Deadline
-from tools.serving.errors import ProblemError, busy
+from tools.serving.errors import busy, defect
 from tools.serving.prometheus import Metrics
 from tools.serving.worker import Engine, EngineFullError, Writing
 
@@ -82,7 +82,7 @@ class Job:
             return None
         index, event = self._events.popleft()
         if isinstance(event, Exception):
-            raise ProblemError(500, "sampling failed; the server's log has the reason")
+            raise defect(event, "sampling failed")
         return index, event
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 from data_pipeline.errors import (
     CheckpointCorruptError,
+    DeviceMemoryError,
     MegabackError,
     NonFiniteError,
     PreemptedError,
@@ -259,7 +260,7 @@ FAULTS = {
         act=signal_rank(signal.SIGSTOP, 1),
     ),
     "exception in a rank": Fault(
-        fault="a rank fails with an unexpected exception, such as out of memory",
+        fault="a rank fails with an unexpected exception",
         outcome=f"its traceback is printed, the reason is in exit.json, the others exit; {RESUMES}",
         code=1,
         output="MemoryError: cannot allocate",
@@ -278,6 +279,14 @@ FAULTS = {
         overrides=("hardware.heartbeat_s=600", "checkpoint.keep_last=9"),
         environment={"SLURM_JOB_ID": "77"},
         recorded=0,
+    ),
+    "device out of memory": Fault(
+        fault="a device is out of memory (PyTorch's error, raised artificially)",
+        outcome="one message names the allocation, the keys of the config that need less, and the "
+        f"plan's estimate; a Slurm job is not requeued; {RESUMES}",
+        code=DeviceMemoryError.exit_code,
+        output="7.81 GiB could not be allocated",
+        inject=at("megaback.training.validation:to_device", "run out of memory", call=30),
     ),
     "full disk": Fault(
         fault="the disk is full during a save",

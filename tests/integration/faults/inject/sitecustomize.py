@@ -1,8 +1,8 @@
 """Fault injector, loaded by every Python that has this folder on its path.
 
 FAULT is a JSON object: `at` (`module:Class.function`), `rank`, `call` (number of the call, from 1),
-`when` (before or after it) and `do` (kill, abort, raise, nan, sleep, wait). With `training`, calls
-count only if the model is in training mode.
+`when` (before or after it) and `do` (kill, abort, raise, run out of memory, nan, sleep, wait).
+With `training`, calls count only if the model is in training mode.
 """
 
 import functools
@@ -30,6 +30,10 @@ def act(result: Any) -> Any:
         os.abort()
     elif deed == "raise":
         raise MemoryError("cannot allocate 1 PiB")
+    elif deed == "run out of memory":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.81 GiB. GPU 0 has …")
     elif deed == "sleep":
         time.sleep(FAULT["seconds"])
     elif deed == "wait":

@@ -134,6 +134,7 @@ def test_an_invalid_ssh_command_is_refused(text: str, monkeypatch: pytest.Monkey
 
 def test_only_settings_of_libraries_are_passed_on() -> None:
     passed = {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "4", "WANDB_API_KEY": "x", "PYTHONPATH": "p"}
+    passed |= {"PYTORCH_ALLOC_CONF": "x", "CUDA_DEVICE_MAX_CONNECTIONS": "1", "FI_PROVIDER": "efa"}
     passed |= {"FSSPEC_SFTP_PASSWORD": "x", "MEGABACK_SECRET_SAS": "x", "NETRC": "file"}
     own = {"PATH": "/bin", "HOME": "/root", "SSH_AUTH_SOCK": "s", "CUDA_VISIBLE_DEVICES": "3"}
 

@@ -125,13 +125,13 @@ def test_two_runs_on_a_machine_use_different_ports() -> None:
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(1, 6), (2, 3), (4, 1), (7, 1)])
-def test_ranks_on_a_cpu_share_its_cores(
+def test_ranks_share_the_cores_of_their_machine(
     processes: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
 
-    environment = rank_environment("cpu", processes)
+    environment = rank_environment(processes)
 
     assert environment["OMP_NUM_THREADS"] == str(threads)
 
@@ -141,7 +141,7 @@ def test_variables_of_the_user_take_precedence(monkeypatch: pytest.MonkeyPatch) 
     for name, value in own.items():
         monkeypatch.setenv(name, value)
 
-    assert rank_environment("cpu", 2).items() >= own.items()
+    assert rank_environment(2).items() >= own.items()
 
 
 def test_codes_are_in_the_order_in_which_ranks_ended(run: RunRanks) -> None:

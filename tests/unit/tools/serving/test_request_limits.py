@@ -15,6 +15,7 @@ import httpx
 import openai
 import psutil
 import pytest
+import torch
 
 from data_pipeline.text.codec import TextCodec
 from tests.helpers.server import (
@@ -309,18 +310,40 @@ def test_every_answer_has_a_strict_content_security_policy(running: Running) -> 
     assert running.get("/%2e%2e/app.py").status_code == 404
 
 
-def test_a_failed_sample_is_a_500_and_the_next_request_succeeds(
-    running: Running, models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(RuntimeError("a defect"), 500), (torch.OutOfMemoryError("CUDA out of memory."), 503)],
+    ids=["defect", "out of memory"],
+)
+@pytest.mark.parametrize(
+    ("name", "path", "body"),
+    [
+        ("step", "completions", {"prompt": "a", "max_tokens": 3}),
+        ("read_steps", "completions", {"prompt": "unread", "max_tokens": 3}),
+        ("score_steps", "score", {"texts": ["a"]}),
+    ],
+    ids=["step", "prompt", "score"],
+)
+def test_work_that_fails_is_an_error_and_the_next_request_succeeds(
+    name: str,
+    path: str,
+    body: dict[str, Any],
+    error: Exception,
+    status: int,
+    running: Running,
+    models: dict[str, ServedModel],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object) -> None:
-        raise RuntimeError("no memory")
+        raise error
 
-    body = {"prompt": "a", "max_tokens": 3}
+    if "prompt" in body:  # the state after the last prompt is kept
+        body = body | {"prompt": f"{body['prompt']} {status}"}
     with monkeypatch.context() as patch:
-        patch.setattr(models["tiny"].decoder, "step", broken)
-        answer = running.post("/v1/completions", body)
-        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
-    assert running.post("/v1/completions", body).status_code == 200
+        patch.setattr(models["tiny"].decoder, name, broken)
+        answer = running.post(f"/v1/{path}", body)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (status, "server_error")
+    assert running.post(f"/v1/{path}", body).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,39 @@
+"""Error of a rank whose device is out of memory, with the keys of the config that need less."""
+
+from data_pipeline.errors import DeviceMemoryError, MegabackError
+from data_pipeline.shards.data_set import DataSet
+from megaback.config import Config, split_batch
+from megaback.distributed.device_limits import available_memory
+from megaback.distributed.world import World
+from megaback.planning.memory_room import planned_memory
+
+
+def device_memory_error(config: Config, world: World, failed: str) -> DeviceMemoryError:
+    """The error of this rank. `failed`: the allocation that failed."""
+    room = available_memory(world.device)
+    rows, _ = split_batch(config.batch, world.size)
+    kept = config.training.activation_checkpointing
+    less = []
+    if rows > 1:
+        less.append(f"lower batch.micro_batch_rows (a forward pass has {rows} rows)")
+    if kept != "block":
+        more = "selective or block" if kept == "none" else "block"
+        less.append(f"set training.activation_checkpointing to {more}")
+    less.append("raise zero.stage" if config.zero.stage < 3 else "use more ranks or zero.offload")
+    return DeviceMemoryError(
+        f"rank {world.rank} on {room.host} is out of memory: {failed} on {room.device}, which has "
+        f"{room.memory_bytes / 1e9:.1f} GB{_planned(config, world, room.device)}; "
+        f"{', or '.join(less)}, and run the same command again to resume"
+    )
+
+
+def _planned(config: Config, world: World, device: str) -> str:
+    try:
+        vocab_size = DataSet.open(config.data.shards[0].path).manifest.vocab_size
+        memory = planned_memory(config, vocab_size, world.size, device)
+    except (MegabackError, OSError):  # the error itself matters more
+        return ""
+    return (
+        f" (`megaback plan` estimates {memory.parts.total / 1e9:.1f} GB for a rank, most of all in "
+        f"its moment {memory.moment!r})"
+    )

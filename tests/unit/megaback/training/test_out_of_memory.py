@@ -1,0 +1,57 @@
+"""The message of a rank whose device is out of memory names what needs less."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megaback.config import Config
+from megaback.distributed.world import World
+from megaback.training.out_of_memory import device_memory_error
+
+
+def message(shards: Path, rows: int, kept: str, stage: int) -> str:
+    fields: dict[str, Any] = {
+        "run": "run",
+        "data": {"shards": str(shards)},
+        "model": {"num_layers": 2, "width": 32, "num_heads": 4},
+        "batch": {"context_tokens": 64, "global_batch_rows": 8, "micro_batch_rows": rows},
+        "optimizer": {"learning_rate": 1e-3},
+        "training": {"steps": 10, "activation_checkpointing": kept},
+        "zero": {"stage": stage},
+    }
+    world = World(1, 2, torch.device("cpu"), None)
+    return str(device_memory_error(Config.model_validate(fields), world, "9 GiB failed"))
+
+
+def test_it_names_rank_allocation_keys_and_plan(tiny_shards: Path) -> None:
+    said = message(tiny_shards, 4, "none", 2)
+
+    assert said.startswith("rank 1 on ")
+    assert "is out of memory: 9 GiB failed on cpu, which has " in said
+    assert "`megaback plan` estimates 0.0 GB for a rank" in said
+    assert "lower batch.micro_batch_rows (a forward pass has 4 rows)" in said
+    assert "set training.activation_checkpointing to selective or block" in said
+    assert said.endswith("raise zero.stage, and run the same command again to resume")
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept", "stage", "absent"),
+    [
+        (1, "none", 2, "batch.micro_batch_rows"),
+        (4, "block", 2, "training.activation_checkpointing"),
+        (4, "none", 3, "raise zero.stage"),
+    ],
+)
+def test_it_advises_nothing_that_is_done_already(
+    tiny_shards: Path, rows: int, kept: str, stage: int, absent: str
+) -> None:
+    assert absent not in message(tiny_shards, rows, kept, stage)
+
+
+def test_it_needs_no_data_set(tmp_path: Path) -> None:
+    said = message(tmp_path / "nothing", 4, "none", 2)
+
+    assert "megaback plan" not in said
+    assert "batch.micro_batch_rows" in said
