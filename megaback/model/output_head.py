@@ -104,9 +104,8 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient_TD, weight_gradient_VD = ctx.saved_tensors
         factor = gradient_T[0]
-        torch._assert_async(
-            (gradient_T == factor).all(), "losses in chunks can only be summed, not weighted"
-        )
+        is_same_T = (gradient_T == factor) | (gradient_T.isnan() & factor.isnan())
+        torch._assert_async(is_same_T.all(), "losses in chunks can only be summed, not weighted")
         hidden_dtype, weight_dtype = ctx.dtypes
         return (
             (hidden_gradient_TD * factor).to(hidden_dtype),
