@@ -58,7 +58,10 @@ def test_gradients_are_those_of_the_cpu_without_a_wait() -> None:
         assert len(traffic.to_device) == 2, traffic
         for name, value in found.items():
             assert value.device == gpu()
-            torch.testing.assert_close(value.cpu(), expected[name], msg=f"{name}, {kind}")
+            largest = float(expected[name].abs().max())
+            torch.testing.assert_close(
+                value.cpu(), expected[name], rtol=0.0, atol=3e-6 * largest, msg=f"{name}, {kind}"
+            )
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 155), (torch.bfloat16, 190)])
