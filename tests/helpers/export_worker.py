@@ -74,8 +74,9 @@ def logits_of(engine: Any, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Ids, and the engine's logits for them."""
     ids_T = torch.randint(0, vocab_size, (NUM_IDS,), generator=torch.manual_seed(0))
     seen: list[Tensor] = []
-    hook = engine.module.lm_head.register_forward_hook(
-        lambda _module, _given, logits_TV: seen.append(logits_TV.float().cpu().clone())
+    # Before the call, when ZeRO has gathered the weight: the call computes losses.
+    hook = engine.module.lm_head.register_forward_pre_hook(
+        lambda head, given: seen.append((given[0] @ head.weight.t()).float().cpu())
     )
     engine.eval()
     segments = Segments.from_lengths((NUM_IDS,), ids_T.device)

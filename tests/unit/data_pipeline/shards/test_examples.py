@@ -241,16 +241,16 @@ def test_the_loss_has_no_gradient_at_given_tokens() -> None:
         ids_T, targets_T, positions_T, segments = arguments(everything(data))
     kept: list[Tensor] = []
 
-    def keep(_module: object, _inputs: object, logits_TV: Tensor) -> None:
-        logits_TV.retain_grad()
-        kept.append(logits_TV)
+    def keep(_module: object, given: tuple[Tensor, ...]) -> None:
+        given[0].retain_grad()
+        kept.append(given[0])
 
     model = tiny_model()
-    model.lm_head.register_forward_hook(keep)
+    model.lm_head.register_forward_pre_hook(keep)
     model(ids_T, targets_T, positions_T, segments).sum().backward()
-    (logits_TV,) = kept
-    assert logits_TV.grad is not None
-    has_gradient = logits_TV.grad.abs().sum(dim=1) > 0
+    (hidden_TD,) = kept
+    assert hidden_TD.grad is not None
+    has_gradient = hidden_TD.grad.abs().sum(dim=1) > 0
     loss_tokens = {int(ids[0]) for ids in (e.ids[e.num_given :] for e in packed(sizes))}
     assert int(has_gradient.sum()) == sum(count for _, count in sizes)
     assert loss_tokens <= set(targets_T[has_gradient].tolist())
