@@ -228,8 +228,8 @@ class TrainingSection(Section):
     third more compute; selective: all but the results of matrix products and attention, little more
     compute."""
     loss_chunk_tokens: Annotated[int, ranges.SIZE] = LOSS_CHUNK_TOKENS
-    """Number of tokens whose logits are computed at a time. Fewer need less memory for logits, and
-    more time. Changes no loss by more than rounding."""
+    """Length of the chunks in which the loss is computed, in tokens. Shorter ones need less memory
+    for logits, and more time. Changes no loss by more than rounding."""
     compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_word)] = "auto"
     """Compilation with torch.compile: faster steps, after a minute of compiling at the start. auto:
     on with a GPU, off on a CPU."""

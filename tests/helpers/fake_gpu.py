@@ -138,7 +138,7 @@ class _Device(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if operation is _aten.is_pinned.default:
             return self.is_pinned(args[0])
-        if operation is _aten._pin_memory.default:
+        if operation in (_aten._pin_memory.default, _aten.pin_memory.default):
             return self._in_pinned_memory(args[0].clone())
         pins = kwargs.pop("pin_memory", None)
         result = self._call(operation, args, kwargs)

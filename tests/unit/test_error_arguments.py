@@ -70,6 +70,10 @@ def test_no_library_error_names_an_option() -> None:
         for path in LIBRARY
     }
     assert {name: lines for name, lines in found.items() if lines} == {
+        "megaback/model/flash_attention.py": [  # commands that it advises
+            "119: pip install --no-build-isolation -e '.[flash]'",
+            "129: pip install --pre flash-attn-4",
+        ],
         "megaback/planning/plan.py": ["27: --nodes"],  # a word of command lines that it makes
     }
 
