@@ -140,7 +140,7 @@ def test_samples_and_scores_are_those_of_the_cpu() -> None:
 
     assert scores == pytest.approx(expected_scores, abs=1e-5)
     # Of the whole pack: its ids, positions, segments and targets, and the result.
-    assert len(traffic.to_device) == 4, traffic
+    assert len(traffic.to_device) == 4 + 2, traffic  # two are of sdpa's groups
     assert len(traffic.to_host) == 1, traffic
 
 
