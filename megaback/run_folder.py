@@ -36,6 +36,9 @@ TENSORBOARD_FOLDER = "tensorboard"
 HEARTBEATS_FOLDER = "heartbeats"
 HEARTBEAT_PREFIX = "rank-"
 
+COLLECTIVES_FOLDER = "collectives"
+"""Last collectives of ranks that lost the others."""
+
 SUBMITTED_FOLDER = "submitted"
 SUBMISSION_NAME = "submission.json"
 CHANGES_NAME = "changes.diff"
@@ -100,6 +103,11 @@ def part_of_weights(number: int, count: int) -> str:
 def heartbeat_path(run: Path, rank: int) -> Path:
     """Path of a rank's heartbeat."""
     return run / HEARTBEATS_FOLDER / f"{HEARTBEAT_PREFIX}{rank:05d}.json"
+
+
+def collectives_path(run: Path, rank: int) -> Path:
+    """Path of the record of a rank's last collectives."""
+    return run / COLLECTIVES_FOLDER / f"rank-{rank:05d}.jsonl"
 
 
 def complete_checkpoints(run: Path) -> list[Path]:

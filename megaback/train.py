@@ -42,9 +42,11 @@ from megaback.distributed.world import (
     only_first_reports,
     start_world,
 )
+from megaback.environment import use_flight_recorder
 from megaback.faults.stop_request import StopRequest, deadline_of
 from megaback.faults.watchdog import Watchdog
 from megaback.installation import HIDDEN, is_whole
+from megaback.run_folder import COLLECTIVES_FOLDER
 from megaback.training.out_of_memory import device_memory_error
 from megaback.training.setup import prepare_run
 from megaback.training.start import AlreadyTrained
@@ -152,6 +154,7 @@ def main(
         settings = load_config(config, overrides)
         if settings.training.deterministic:
             use_deterministic_algorithms(settings.hardware.device)
+        use_flight_recorder(settings.run.resolve() / COLLECTIVES_FOLDER)
         world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)
     end_rank(_train_as_rank(settings, world, stop, config, start_id))
 

@@ -196,7 +196,7 @@ def start_world(device_name: str, timeout_s: float) -> World:
     deepspeed.init_distributed(
         dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout
     )
-    control = dist.new_group(backend="gloo", timeout=timeout)
+    control = dist.new_group(backend="gloo", timeout=timeout, group_desc="control messages")
     world = World(dist.get_rank(), dist.get_world_size(), device, control)
     if world.size > 1:
         show_rank(world.rank)

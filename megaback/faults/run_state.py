@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipeline.errors import RankLostError
+from megaback.faults.collective_record import describe_hang, read_collectives
 from megaback.faults.exit_record import START_EVENT, read_exit, read_history
 from megaback.faults.heartbeat import Heartbeat, missing_ranks, read_heartbeats
 
@@ -69,6 +71,9 @@ def _ended(run: Path, history: Sequence[dict[str, Any]]) -> RunState | None:
     code = ending["code"]
     why = str(ending.get("reason"))
     reason = f"exit code {code} ({ending.get('kind')}): {why}"
+    if code == RankLostError.exit_code:
+        hang = describe_hang(read_collectives(run, ending.get("start")))
+        reason += f"; {hang}" if hang is not None else ""
     return RunState("finished" if code == 0 else "stopped", reason, why, code)
 
 

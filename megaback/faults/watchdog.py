@@ -12,6 +12,7 @@ import os
 import shlex
 import socket
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event, Lock, Thread, current_thread
@@ -23,7 +24,9 @@ from data_pipeline.common.command import report
 from data_pipeline.errors import DeviceMemoryError, MegabackError, RankLostError, StorageError
 from megaback.config import HardwareSection
 from megaback.distributed.world import World
+from megaback.faults.collective_record import write_collectives
 from megaback.faults.exit_record import read_exit, record_exit
+from megaback.faults.flight_recorder import dump_collectives
 from megaback.faults.heartbeat import (
     Heartbeat,
     heartbeat_paths,
@@ -154,10 +157,11 @@ class Watchdog:
         except StorageError:  # another run has taken the folder's place
             return True
 
-    def report_lost(self, lost: str | None = None) -> RankLostError:
+    def report_lost(self, lost: str | None = None, *, has_timed_out: bool = False) -> RankLostError:
         """Record and report the ranks missing after a collective failed or timed out.
 
-        `lost`: a description of a rank that is known to be lost.
+        `lost`: a description of a rank that is known to be lost. `has_timed_out`: whether this
+        rank's phase has, so that the collective in which it waits is named.
         The process must exit then: of two threads that report, the second may wait for ever.
         """
         self._reporting.acquire()
@@ -175,7 +179,8 @@ class Watchdog:
             ending = self._exit_of_another(folder)
             if ending is not None:
                 lost = str(ending["reason"])
-            reason = lost or self._wait_for_missing(folder)
+            waited = self._write_collectives(folder)
+            reason = lost or self._wait_for_missing(folder) + (waited if has_timed_out else "")
         except StorageError as gone:  # the heartbeats are, too
             reason = f"a rank is lost, and {gone}"
         place = f" with {shlex.quote(f'run={folder}')}" if folder != self._run else ""
@@ -226,7 +231,24 @@ class Watchdog:
             if has_timed_out or silent or self._peer_is_lost():
                 if self._reporting.locked():  # by the main thread, which then exits
                     return
-                os._exit(self.report_lost(silent).exit_code)
+                error = self.report_lost(silent, has_timed_out=has_timed_out)
+                os._exit(error.exit_code)
+
+    def _write_collectives(self, folder: Path) -> str:
+        """Write this rank's last collectives; returns the first that it waits in, for a message."""
+        own = self._beat
+        dumped = dump_collectives(
+            rank=own.rank, world_size=own.world_size, start=self.fence.start_id
+        )
+        if dumped is None:
+            return ""
+        with suppress(OSError):
+            write_collectives(folder, *dumped, self.fence.replace)
+        record, _ = dumped
+        if not record.waiting:
+            return ""
+        first = record.waiting[0]
+        return f"; {own.name} waited in {first.name} for {record.time - first.since:.0f} s"
 
     def _silent_peer(self, has_written: bool) -> str | None:
         """Description of the watched rank of another host, if it counts as lost."""

@@ -3,6 +3,7 @@ docs/faults.md, which `python -m tests.integration.faults.table > docs/faults.md
 """
 
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from data_pipeline.errors import (
     StorageError,
     SupersededError,
 )
+from megaback.faults.collective_record import describe_hang, read_collectives
 from megaback.faults.exit_record import read_history
 from tests.integration.faults.actions import (
     end_reader_and_interrupt,
@@ -73,6 +75,16 @@ def make_read_only(_launcher: "subprocess.Popen[str]", run: Path) -> None:
     command = ["mount", "-o", "remount,ro", str(run / "checkpoints")]
     while subprocess.run(command, capture_output=True, check=False).returncode:
         pass  # while a save is in progress
+
+
+def named_its_collective(run: Path) -> None:
+    """Check that the collective in which the first rank waited is recorded."""
+    ends = [line for line in read_history(run) if line.get("event") == "exit"]
+    (lost,) = (line for line in ends if line["code"] == RankLostError.exit_code)
+    assert re.search(r"; rank 0 .* waited in gloo:\w+ of .* \(number \d+ of group ", lost["reason"])
+    said = describe_hang(read_collectives(run, lost["start"]))
+    assert said is not None
+    assert said.endswith("; rank 1 left no record")
 
 
 def newest(run: Path) -> Path:
@@ -253,11 +265,12 @@ FAULTS = {
     ),
     "frozen rank": Fault(
         fault="a rank is frozen (SIGSTOP), or its node is cut off",
-        outcome="after hardware.step_timeout_s the other rank names the silent one and exits; "
-        "`megaback train` kills the frozen one",
+        outcome="after hardware.step_timeout_s the other rank names the silent one, and the "
+        "collective in which it waited for it, and exits; `megaback train` kills the frozen one",
         code=LOST,
         output="has written no heartbeat",
         act=signal_rank(signal.SIGSTOP, 1),
+        check=named_its_collective,
     ),
     "exception in a rank": Fault(
         fault="a rank fails with an unexpected exception",
