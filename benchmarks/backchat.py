@@ -22,6 +22,7 @@ from smoke import Benchmark
 
 from data_pipeline.common.number_ranges import COUNT
 from megaback.config_file import load_config
+from megaback.faults.exit_record import read_exit
 from tools.demo import run
 
 CONFIG = Path(__file__).with_name("backchat.yaml")
@@ -57,10 +58,8 @@ def train(out: Path, config: Path, steps: int | None) -> None:
         ("tuned", instruct, f"init_from={out / 'backward'}"),
         ("forward", prose, "data.direction=forward"),
     ):
-        model = out / "models" / name
-        if not (model / "config.json").exists():
+        if (read_exit(out / name) or {}).get("code") != 0:
             run("train", str(config), f"run={out / name}", *length, *words)
-            run("convert", str(out / name), "--to", "full", "--out", str(model))
 
 
 def evaluate(out: Path, rows_val: str, prose_val: str) -> dict[str, dict[str, Any]]:
@@ -71,7 +70,7 @@ def evaluate(out: Path, rows_val: str, prose_val: str) -> dict[str, dict[str, An
         "untaught": (*_RECALL, *rows, "--suite", "bits-per-byte", "--shards", out / "instruct"),
         "backward": (
             *("--suite", "passage-choice", "--passages", prose_val),
-            *("--forward", out / "models" / "forward"),
+            *("--forward", out / "forward"),
             *("--suite", "bits-per-byte", "--shards", out / "prose"),
         ),
         "forward": ("--suite", "bits-per-byte", "--shards", out / "prose"),
@@ -81,7 +80,7 @@ def evaluate(out: Path, rows_val: str, prose_val: str) -> dict[str, dict[str, An
         results = out / f"{name}.json"
         if not results.exists():
             written = ("--predictions", out / f"{name}.jsonl", "--out", results)
-            run("eval", *map(str, (out / "models" / name, *words, *written)))
+            run("eval", *map(str, (out / name, *words, *written)))
         found[name] = json.loads(results.read_text())["suites"]
     return found
 

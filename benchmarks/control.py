@@ -10,17 +10,17 @@ are those of the control messages and of the loss; gradients have 32. In the fir
 are delayed, in the second gradients too, as they would be in the same network.
 """
 
-import json
+import os
 import statistics
-import subprocess
-import sys
 import time
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
+import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401 - imported once, before ranks are forked
 import torch
 import torch.distributed as dist
 from smoke import Benchmark
@@ -29,6 +29,12 @@ from torch import Tensor
 from data_pipeline.shards.data_set import DataSet
 from launcher.ranks.local import rank_environment, rank_names
 from megaback.config import Config
+from megaback.distributed.world import start_world
+from megaback.faults.stop_request import StopRequest
+from megaback.faults.watchdog import Watchdog
+from megaback.training.run import Run
+from megaback.training.setup import prepare_run
+from megaback.training.trainer import Trainer
 
 _LEFT_OUT_STEPS = 3
 _ROWS_NAME = "rows.txt"
@@ -74,15 +80,12 @@ class SlowNetwork:
         return delayed if async_op else delayed.wait() and None
 
 
-def train_as_rank(config: Config, network: SlowNetwork, compute_ms: list[float]) -> None:
-    """Train as the rank given by the environment; rank 0 prints a row per `compute_ms`."""
-    from megaback.distributed.world import end_rank, start_world
-    from megaback.faults.stop_request import StopRequest
-    from megaback.faults.watchdog import Watchdog
-    from megaback.training.run import Run
-    from megaback.training.setup import prepare_run
-    from megaback.training.trainer import Trainer
-
+def train_as_rank(
+    environment: dict[str, str], config: Config, network: SlowNetwork, compute_ms: list[float]
+) -> None:
+    """Train as the rank given by the environment; rank 0 writes a row per `compute_ms`."""
+    os.environ |= environment
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
     world = start_world("cpu", config.hardware.collective_timeout_s)
     run = prepare_run(config, world, Watchdog(config.run, config.hardware, world))
@@ -111,7 +114,8 @@ def train_as_rank(config: Config, network: SlowNetwork, compute_ms: list[float])
         (config.run / _ROWS_NAME).write_text(
             "".join(map(row_of, compute_ms, blocks)), encoding="utf-8"
         )
-    end_rank()
+    dist.destroy_process_group()
+    os._exit(0)  # exit handlers of the process that was forked would remove its folder
 
 
 def row_of(compute_ms: float, starts: list[tuple[float, float]]) -> str:
@@ -154,40 +158,29 @@ def config_of(shards: str, folder: str, steps: int, stage: int, processes: int) 
 @click.option("--compute-ms", default="30,45,60,120", show_default=True, help="Times of a step.")
 @click.option("--block-steps", default=25, show_default=True, help="Steps of each time.")
 @click.option("--stage", default=1, show_default=True, help="ZeRO stage.")
-@click.option("--rank-config", hidden=True, help="Config of the ranks.")
-@click.option("--delays-gradients", is_flag=True, hidden=True)
 def main(
-    shards: str,
-    processes: int,
-    latency_ms: float,
-    compute_ms: str,
-    block_steps: int,
-    stage: int,
-    rank_config: str | None,
-    delays_gradients: bool,
+    shards: str, processes: int, latency_ms: float, compute_ms: str, block_steps: int, stage: int
 ) -> None:
     """Print the time of a step and the time that it is blocked by control messages."""
     times_ms = [float(word) for word in compute_ms.split(",")]
-    if rank_config is not None:
-        network = SlowNetwork(latency_ms / 1e3, delays_gradients=delays_gradients)
-        train_as_rank(Config.model_validate(json.loads(rank_config)), network, times_ms)
-        return
-    for flags in ([], ["--delays-gradients"]):
-        click.echo("gradients are delayed too" if flags else "only control is delayed")
+    for delays_gradients in (False, True):
+        click.echo("gradients are delayed too" if delays_gradients else "only control is delayed")
         with TemporaryDirectory() as folder:
             steps = block_steps * len(times_ms)
             config = config_of(shards, folder, steps, stage, processes)
-            words = [shards, "--latency-ms", str(latency_ms), "--compute-ms", compute_ms, *flags]
+            network = SlowNetwork(latency_ms / 1e3, delays_gradients=delays_gradients)
+            environment = rank_environment(processes)
             ranks = [
-                subprocess.Popen(
-                    [sys.executable, __file__, *words, "--rank-config", config.model_dump_json()],
-                    env=rank_environment(processes) | names,
-                    stdout=subprocess.DEVNULL,
+                get_context("fork").Process(
+                    target=train_as_rank, args=(environment | names, config, network, times_ms)
                 )
                 for names in rank_names(processes)
             ]
-            codes = [rank.wait() for rank in ranks]
-            if any(codes):
+            for rank in ranks:
+                rank.start()
+            for rank in ranks:
+                rank.join()
+            if any(rank.exitcode for rank in ranks):
                 raise SystemExit(1)
             click.echo((config.run / _ROWS_NAME).read_text(encoding="utf-8"), nl=False)
 

@@ -70,9 +70,7 @@ def measure(
     return {"bytes": peak - before, "cpu_s": statistics.median(times_s)}
 
 
-@click.command(
-    cls=Benchmark, smoke="--tokens 64 --width 8 --vocab-sizes 50,300 --chunks 16,64 --turns 1"
-)
+@click.command(cls=Benchmark, smoke="--tokens 64 --width 8 --vocab-sizes 50 --chunks 16 --turns 1")
 @click.option("--tokens", default=4096, show_default=True, help="Tokens of a micro-batch.")
 @click.option("--width", default=256, show_default=True, help="Model width.")
 @click.option(

@@ -4,13 +4,15 @@ A smoke run is the benchmark itself with small sizes and synthetic data. Nothing
 measurement, so every digit is masked.
 """
 
+import gc
 import inspect
 import json
 import os
 import random
 import re
-import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,20 +65,49 @@ class Benchmark(Command):
                 f"smoke run of {script.name}: made-up data and small sizes, so every digit is "
                 f"masked\n$ {script.name} {' '.join(words)}"
             )
-            code = _run_masked([sys.executable, str(script), *words], Path(folder))
+            code = _run_masked(self, script, words, Path(folder))
         context.exit(code)
 
 
-def _run_masked(command: list[str], folder: Path) -> int:
-    """Run a command and print its output without digits; returns its exit code."""
-    # Compiling kernels takes minutes; torch.compile is still called.
-    environment = {**os.environ, "TMPDIR": str(folder), "TORCHDYNAMO_DISABLE": "1"}
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    for line in process.stdout:
-        click.echo(re.sub(r"\d", "#", line), nl=False)
-    return process.wait()
+def _run_masked(benchmark: click.Command, script: Path, words: list[str], folder: Path) -> int:
+    """Run a benchmark and print its output without digits; returns its exit code.
+
+    It runs in a fork, which need not import again what the benchmark imports.
+    """
+    sys.stdout.flush()
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if not pid:
+        gc.freeze()  # what the other process made is not finalized here
+        os.dup2(writing, 1)
+        os.close(reading)
+        # Compiling kernels takes minutes; torch.compile is still called.
+        os.environ |= {"TMPDIR": str(folder), "TORCHDYNAMO_DISABLE": "1"}
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        tempfile.tempdir = None
+        sys.argv = [str(script), *words]
+        os._exit(_exit_code(benchmark, words))
+    os.close(writing)
+    with os.fdopen(reading) as output:
+        for line in output:
+            click.echo(re.sub(r"\d", "#", line), nl=False)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _exit_code(benchmark: click.Command, words: list[str]) -> int:
+    """Run a benchmark to its end; returns the exit code that its process would have."""
+    try:
+        benchmark.main(words)
+    except SystemExit as ending:
+        code = ending.code
+    except BaseException:  # noqa: BLE001 - the other process's frames must not run here
+        traceback.print_exc()
+        return 1
+    if isinstance(code, str):
+        click.echo(code, err=True)
+        return 1
+    sys.stdout.flush()
+    return code or 0
 
 
 def is_installed(peer: str, module: str) -> bool:

@@ -1,5 +1,7 @@
 """A fork for a test that changes settings of the process."""
 
+import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -11,9 +13,13 @@ _LIMIT_S = 240
 
 def in_fork(work: Callable[[], None]) -> None:
     """Do some work in a fork. Raises AssertionError with its traceback."""
+    gc.collect()
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
+        # A finalizer of what the tests before have left could wait for a thread that is not here.
+        gc.freeze()
+        faulthandler.dump_traceback_later(_LIMIT_S - 5, file=writing)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(_LIMIT_S)
         status = 1
