@@ -58,7 +58,9 @@ from tools.backtranslation.example_selection import Choice, different_texts
 from tools.backtranslation.proposals import BackTranslator, RoundTripScorer, Text
 from tools.backtranslation.resumable_chunks import ResumableChunks
 from tools.model_options import (
+    cuda_graphs_option,
     device_option,
+    dtype_option,
     max_new_tokens_option,
     num_samples_option,
     seed_option,
@@ -67,7 +69,7 @@ from tools.model_options import (
 )
 
 if TYPE_CHECKING:
-    from torch import device as Device  # noqa: N812 - a type
+    import torch
 
 PLAN_NAME = "plan.json"
 OUTPUT_NAME = "output.json"
@@ -182,19 +184,25 @@ def _texts(
 
 
 def _load(
-    folder: Path, forward: Path | None, device: "Device", options: Any, count: int
+    folder: Path,
+    forward: Path | None,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    cuda_graphs: bool,
+    options: Any,
+    count: int,
 ) -> BackTranslator:
     from megaback.inference.decoder import Decoder
     from megaback.weights.model_folder import load_model_folder
 
-    model, description, codec = load_model_folder(folder, device)
+    model, description, codec = load_model_folder(folder, device, dtype)
     _require_direction(folder, codec.format.direction, Direction.BACKWARD)
     round_trip = None
     if forward is not None:
-        judging, of_judge, its_codec = load_model_folder(forward, device)
+        judging, of_judge, its_codec = load_model_folder(forward, device, dtype)
         _require_direction(forward, its_codec.format.direction, Direction.FORWARD)
         round_trip = RoundTripScorer(judging, ChatFormat(its_codec), of_judge.context_tokens)
-    decoder = Decoder(model, description.context_tokens, takes_over=False)
+    decoder = Decoder(model, description.context_tokens, takes_over=False, cuda_graphs=cuda_graphs)
     return BackTranslator(
         model=model,
         decoder=decoder,
@@ -330,6 +338,8 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
     help="Index of the task to run, from 0. Default: all tasks.",
 )
 @device_option
+@dtype_option
+@cuda_graphs_option
 def main(
     folder: Path,
     source: str,
@@ -350,6 +360,8 @@ def main(
     tasks: int,
     task_index: int | None,
     device: str | None,
+    dtype: str,
+    cuda_graphs: bool,
 ) -> None:
     """Generate instructions for texts with the fine-tuned backward model in DIR.
 
@@ -379,19 +391,23 @@ def main(
         "--seed": seed,
         "--batch-size": batch_size,
         "--tasks": tasks,
+        "--dtype": dtype,
     }
     _require_plan(work_folder(out), plan)
     parts = ResumableChunks(work_folder(out), tasks)
     wanted = range(tasks) if task_index is None else [task_index]
     waiting = [task for task in wanted if not parts.is_done(task)]
     if waiting:
+        from megaback.inference.placement import choose_device, choose_dtype
         from megaback.inference.sampling import SamplingOptions
-        from megaback.inference.text_writer import choose_device
 
         options = SamplingOptions(
             max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
         )
-        translator = _load(folder, forward, choose_device(device), options, num_samples)
+        on = choose_device(device)
+        translator = _load(
+            folder, forward, on, choose_dtype(dtype, on), cuda_graphs, options, num_samples
+        )
         for task in waiting:
             with locked(parts.lock_path(task), wait=False) as is_ours:
                 if not is_ours:

@@ -26,7 +26,9 @@ from data_pipeline.errors import (
 from data_pipeline.text.codec import Direction
 from tools.jsonl_io import answer_each, json_lines_option, parse_object, print_all, stdin_lines
 from tools.model_options import (
+    cuda_graphs_option,
     device_option,
+    dtype_option,
     max_new_tokens_option,
     num_samples_option,
     seed_option,
@@ -240,6 +242,8 @@ def _require_direction(folder: Path, actual: Direction, name: str) -> None:
 @top_k_option
 @seed_option
 @device_option
+@dtype_option
+@cuda_graphs_option
 def main(
     folder: Path,
     given: str | None,
@@ -254,6 +258,8 @@ def main(
     top_k: int,
     seed: int,
     device: str | None,
+    dtype: str,
+    cuda_graphs: bool,
 ) -> None:
     """Generate the instruction that could have led to a response, with the model in DIR.
 
@@ -281,7 +287,7 @@ def main(
     direction = read_description(folder).text_format.direction
     for name in texts:
         _require_direction(folder, direction, name)
-    chat = load_chat(folder, device=device)
+    chat = load_chat(folder, device=device, dtype=dtype, cuda_graphs=cuda_graphs)
     options = SamplingOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
     )

@@ -17,7 +17,7 @@ from data_pipeline.common.output_paths import overwrite_option
 from data_pipeline.common.shared_options import out_folder_option
 from megaback.run_folder import CHECKPOINTS_FOLDER
 from megaback.use_commands import use_commands
-from tools.model_options import dtype_option
+from tools.model_options import stored_dtype_option
 
 # Not pydantic.ByteSize, which reads "1,5GB" as one byte and ignores text after the unit.
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -93,7 +93,7 @@ def convert(
 )
 @out_folder_option
 @overwrite_option
-@dtype_option
+@stored_dtype_option
 @click.option(
     "--max-shard-size",
     callback=_num_bytes,

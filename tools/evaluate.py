@@ -24,7 +24,13 @@ from data_pipeline.common.source_type import SOURCE
 from data_pipeline.common.terminal import print_table
 from data_pipeline.sources.line_writer import writing_lines
 from data_pipeline.sources.record_limits import max_record_bytes_option
-from tools.model_options import device_option, max_new_tokens_option, seed_option
+from tools.model_options import (
+    cuda_graphs_option,
+    device_option,
+    dtype_option,
+    max_new_tokens_option,
+    seed_option,
+)
 
 if TYPE_CHECKING:
     from tools.suites.base import Suite, SuiteResult
@@ -40,10 +46,11 @@ def _suites() -> "dict[str, Suite]":
     return dict(zip(SUITES, functions, strict=True))
 
 
-def to_json(folder: Path, results: "Mapping[str, SuiteResult]") -> dict[str, Any]:
-    """The results of suites for JSON."""
+def to_json(folder: Path, results: "Mapping[str, SuiteResult]", dtype: str) -> dict[str, Any]:
+    """The results of suites for JSON. `dtype`: that of the weights."""
     return {
         "model": str(folder),
+        "dtype": dtype,
         "suites": {
             name: {
                 "rows": result.rows,
@@ -55,8 +62,8 @@ def to_json(folder: Path, results: "Mapping[str, SuiteResult]") -> dict[str, Any
     }
 
 
-def _table(results: "Mapping[str, SuiteResult]") -> Table:
-    table = Table(title_justify="left")
+def _table(results: "Mapping[str, SuiteResult]", dtype: str) -> Table:
+    table = Table(title=f"measured in {dtype}", title_justify="left")
     for column in ("suite", "metric", "value", "95%", "chance", "rows"):
         table.add_column(column, justify="left" if column in ("suite", "metric") else "right")
     for name, result in results.items():
@@ -133,6 +140,8 @@ def _table(results: "Mapping[str, SuiteResult]") -> Table:
 )
 @overwrite_option
 @device_option
+@dtype_option
+@cuda_graphs_option
 def main(
     folder: Path,
     names: tuple[str, ...],
@@ -141,6 +150,8 @@ def main(
     predictions: str | None,
     overwrite: bool,
     device: str | None,
+    dtype: str,
+    cuda_graphs: bool,
     **options: Any,
 ) -> None:
     """Evaluate the model in DIR on one or several suites."""
@@ -152,23 +163,21 @@ def main(
         if path is not None:
             require_output(path, inputs, is_ours=is_ours, overwrite=overwrite, option=option)
     require_distinct(out=out, predictions=predictions)
-    from megaback.inference.text_writer import choose_device
     from tools.suites.base import Evaluated, SuiteOptions
 
     given, suites = SuiteOptions(**options), _suites()
-    on = choose_device(device)
-    evaluated = Evaluated(folder, on)
-    other = None if forward is None else Evaluated(forward, on)
+    evaluated = Evaluated(folder, device, dtype, cuda_graphs=cuda_graphs)
+    other = None if forward is None else Evaluated(forward, device, dtype)
     results = {name: suites[name](evaluated, other, given) for name in dict.fromkeys(names)}
     if out is not None:
-        text = json.dumps(to_json(folder, results), indent=2) + "\n"
+        text = json.dumps(to_json(folder, results, evaluated.dtype), indent=2) + "\n"
         write_output(out, text, overwrite=overwrite)
     if predictions is not None:
         with writing_lines(predictions, overwrite=overwrite) as writer:
             for name, result in results.items():
                 for fields in result.predictions:
                     writer.write({"suite": name, **fields})
-    print_table(SafeConsole(stderr=predictions == "-"), _table(results))
+    print_table(SafeConsole(stderr=predictions == "-"), _table(results, evaluated.dtype))
     without = [
         name
         for name, result in results.items()

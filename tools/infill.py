@@ -22,7 +22,9 @@ from tools.jsonl_io import (
     stdin_lines,
 )
 from tools.model_options import (
+    cuda_graphs_option,
     device_option,
+    dtype_option,
     max_new_tokens_option,
     num_samples_option,
     seed_option,
@@ -165,6 +167,8 @@ def infill(
 @top_k_option
 @seed_option
 @device_option
+@dtype_option
+@cuda_graphs_option
 def main(
     forward: Path,
     backward: Path,
@@ -179,6 +183,8 @@ def main(
     top_k: int,
     seed: int,
     device: str | None,
+    dtype: str,
+    cuda_graphs: bool,
 ) -> None:
     """Generate the text between a beginning and an ending.
 
@@ -200,7 +206,7 @@ def main(
         backward_candidates=candidates,
         sampling=SamplingOptions(temperature=temperature, top_k=top_k, seed=seed),
     )
-    infiller = load_infiller(forward, backward, device=device)
+    infiller = load_infiller(forward, backward, device=device, dtype=dtype, cuda_graphs=cuda_graphs)
     if beginning is None or ending is None:
         print_all(
             answer_each(stdin_lines(), lambda line: answer(infiller, line, options, num_samples))

@@ -63,10 +63,23 @@ devices_option = click.option(
 )
 dtype_option = click.option(
     "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Data type of the weights; auto: bfloat16 on a GPU that computes in it, else float32.",
+)
+stored_dtype_option = click.option(
+    "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
     help="Data type of the weights.",
+)
+cuda_graphs_option = click.option(
+    "--cuda-graphs/--no-cuda-graphs",
+    default=True,
+    show_default=True,
+    help="Generate with CUDA graphs, on a CUDA device.",
 )
 
 

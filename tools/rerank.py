@@ -28,7 +28,7 @@ from data_pipeline.sources.record_limits import max_record_bytes_option
 from data_pipeline.sources.weighted import on_bad_record_option
 from megaback.scoring.candidates import Question, question_of
 from megaback.scoring.pairs import Pair
-from tools.model_options import devices_option, seed_option
+from tools.model_options import devices_option, dtype_option, seed_option
 from tools.score import (
     BadRecords,
     OwnKeys,
@@ -121,9 +121,10 @@ def _encode_forward(forward: "Scorer | HfScorer", pair: Pair) -> None:
         forward.encode(pair)
 
 
-def load_forward(folder: Path, form: str, device: str | None) -> "Scorer | HfScorer":
+def load_forward(folder: Path, form: str, device: str | None, dtype: str) -> "Scorer | HfScorer":
     """A scorer with a forward model of megaback, or of transformers."""
     from megaback.inference.device_pool import choose_devices
+    from megaback.inference.placement import choose_dtype
     from megaback.scoring.hf_scorer import HfScorer
     from megaback.scoring.scorer import load_scorer
     from megaback.weights.converted import model_folder
@@ -131,8 +132,9 @@ def load_forward(folder: Path, form: str, device: str | None) -> "Scorer | HfSco
 
     folder = model_folder(folder)
     if not is_ours(folder):
-        return HfScorer(folder, choose_devices(device)[0])
-    scorer = load_scorer(folder, form=form, device=device, with_prior=False)
+        on = choose_devices(device)[0]
+        return HfScorer(folder, on, choose_dtype(dtype, on))
+    scorer = load_scorer(folder, form=form, device=device, dtype=dtype, with_prior=False)
     if scorer.encoder.writes_question:
         raise DirectionMismatchError(
             f"--forward needs a model that writes forward, and {folder} writes backward"
@@ -157,8 +159,9 @@ def _fitted(scorers: CandidateScorers, dev: str) -> float:
     return weight
 
 
-def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
-    table = Table(title=f"accuracy over {num_questions:,} questions", title_justify="left")
+def _report(found: "dict[str, Interval]", num_questions: int, dtype: str) -> Table:
+    title = f"accuracy over {num_questions:,} questions, scored in {dtype}"
+    table = Table(title=title, title_justify="left")
     for column in ("chosen by", "accuracy", "95%"):
         table.add_column(column, justify="left" if column == "chosen by" else "right")
     for name, one in found.items():
@@ -215,6 +218,7 @@ def _report(found: "dict[str, Interval]", num_questions: int) -> Table:
 @max_record_bytes_option
 @seed_option
 @devices_option
+@dtype_option
 def main(
     folder: Path,
     source: str,
@@ -231,6 +235,7 @@ def main(
     max_record_bytes: int,
     seed: int,
     device: str | None,
+    dtype: str,
 ) -> None:
     """Rank the candidate answers to each question by the reverse model in DIR.
 
@@ -252,13 +257,13 @@ def main(
     from megaback.scoring.reranking import accuracies, ranking
     from megaback.scoring.scorer import load_scorer
 
-    with load_scorer(folder, form=form, device=device, with_prior=False) as reverse:
+    with load_scorer(folder, form=form, device=device, dtype=dtype, with_prior=False) as reverse:
         if not reverse.encoder.writes_question:
             raise DirectionMismatchError(
                 f"rerank needs a model that writes backward, and {folder} writes forward; give "
                 "that one as --forward"
             )
-        by = None if forward is None else load_forward(forward, form, device)
+        by = None if forward is None else load_forward(forward, form, device, dtype)
         scorers = CandidateScorers(
             reverse=reverse,
             forward=by,
@@ -292,14 +297,20 @@ def main(
     labeled = [one for one in scored if one.is_right is not None]
     if not labeled:
         return echo(
-            f"{len(scored):,} questions ranked; no accuracy, since no candidates are labeled"
+            f"{len(scored):,} questions ranked in {reverse.dtype}; no accuracy, since no "
+            "candidates are labeled"
         )
     found = accuracies(labeled, used, seed)
     if report is not None:
         fields = {name: one.to_dict() for name, one in found.items()}
-        what = {"questions": len(labeled), "weight": used, "accuracy": fields}
+        what = {
+            "questions": len(labeled),
+            "weight": used,
+            "dtype": reverse.dtype,
+            "accuracy": fields,
+        }
         write_output(report, json.dumps(what, indent=2) + "\n", overwrite=overwrite)
-    print_table(SafeConsole(stderr=True), _report(found, len(labeled)))
+    print_table(SafeConsole(stderr=True), _report(found, len(labeled), reverse.dtype))
     if any(one.low is None for one in found.values()):
         echo(NO_INTERVAL.replace("rows", "labeled questions"))
     return None

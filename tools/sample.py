@@ -14,6 +14,7 @@ from data_pipeline.common.number_ranges import MANY, REPETITION_PENALTY
 from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
 from data_pipeline.text.codec import Direction
 from tools.model_options import (
+    cuda_graphs_option,
     device_option,
     dtype_option,
     max_new_tokens_option,
@@ -126,6 +127,7 @@ def _joined(texts: Sequence[str]) -> str:
 @seed_option
 @device_option
 @dtype_option
+@cuda_graphs_option
 @click.option(
     "--compile",
     "compiled",
@@ -146,6 +148,7 @@ def main(
     seed: int,
     device: str | None,
     dtype: str,
+    cuda_graphs: bool,
     compiled: bool,
 ) -> None:
     """Generate text with the model in DIR: a converted model, a run or a checkpoint.
@@ -166,7 +169,14 @@ def main(
         require_direction(folder, direction, Direction.BACKWARD)
     if beginning is not None:
         require_direction(folder, direction, Direction.FORWARD)
-    writer = load(folder, device=device, dtype=dtype, usual_rows=num_samples, compiled=compiled)
+    writer = load(
+        folder,
+        device=device,
+        dtype=dtype,
+        usual_rows=num_samples,
+        compiled=compiled,
+        cuda_graphs=cuda_graphs,
+    )
     options = SamplingOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -16,7 +16,7 @@ from data_pipeline.sources.line_writer import writing_lines
 from data_pipeline.sources.record_limits import max_record_bytes_option
 from data_pipeline.sources.weighted import on_bad_record_option
 from megaback.scoring.pairs import PairColumns
-from tools.model_options import devices_option
+from tools.model_options import devices_option, dtype_option
 
 if TYPE_CHECKING:
     from megaback.scoring.scorer import EncodedPair, PairEncoder
@@ -150,6 +150,7 @@ def encoded_pairs(
 @on_bad_record_option("stop")
 @max_record_bytes_option
 @devices_option
+@dtype_option
 def main(
     folder: Path,
     source: str,
@@ -161,6 +162,7 @@ def main(
     on_bad_record: str,
     max_record_bytes: int,
     device: str | None,
+    dtype: str,
 ) -> None:
     """Score each question by the model in DIR: log P(question | answer), in nats.
 
@@ -172,7 +174,7 @@ def main(
     require_output(out, (source, folder), is_ours=json_lines_with(score=dict), overwrite=overwrite)
     from megaback.scoring.scorer import load_scorer
 
-    with load_scorer(folder, form=form, device=device, with_prior=prior) as scorer:
+    with load_scorer(folder, form=form, device=device, dtype=dtype, with_prior=prior) as scorer:
         records = good_records(source, bad, max_record_bytes)
         pairs = encoded_pairs(records, names, scorer.encoder, bad)
         own = OwnKeys("score")
@@ -183,7 +185,8 @@ def main(
                 written += 1
             bad.require_some(source, written)
     own.report()
-    echo(f"{written:,} pairs scored" + (f", {bad.count:,} lines skipped" if bad.count else ""))
+    skipped = f", {bad.count:,} lines skipped" if bad.count else ""
+    echo(f"{written:,} pairs scored in {scorer.dtype}{skipped}")
 
 
 def echo(text: str) -> None:

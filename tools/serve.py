@@ -20,7 +20,12 @@ from data_pipeline.common.number_ranges import (
     SLOTS,
 )
 from data_pipeline.errors import BackendError, ServeError
-from tools.model_options import device_option, dtype_option, max_new_tokens_option
+from tools.model_options import (
+    cuda_graphs_option,
+    device_option,
+    dtype_option,
+    max_new_tokens_option,
+)
 
 if TYPE_CHECKING:
     from megaback.inference.infill.infiller import Infiller
@@ -182,6 +187,7 @@ def run_server(
 )
 @device_option
 @dtype_option
+@cuda_graphs_option
 def main(
     folder: Path,
     forward: Path | None,
@@ -197,6 +203,7 @@ def main(
     shutdown_seconds: float,
     device: str | None,
     dtype: str,
+    cuda_graphs: bool,
 ) -> None:
     """Serve the model in DIR through OpenAI's API, and as a web page.
 
@@ -221,17 +228,15 @@ def main(
         ) from None
     raise_file_limit()
     with listening_socket(host, port) as listener:
-        import torch
-
-        from megaback.inference.text_writer import choose_device
+        from megaback.inference.placement import choose_device, choose_dtype
         from megaback.weights.converted import model_folder
         from tools.serving.models import load_meeting, load_models
         from tools.serving.request_limits import Limits
 
-        torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        on = choose_device(device)
         folder = model_folder(folder)
         forward = None if forward is None else model_folder(forward)
-        models = load_models(folder, forward, choose_device(device), torch_dtype, slots)
+        models = load_models(folder, forward, on, choose_dtype(dtype, on), slots, cuda_graphs)
         limits = Limits(
             body_bytes=max_body_bytes,
             open_requests=max_requests,
@@ -239,7 +244,7 @@ def main(
             tokens=max_new_tokens,
             request_s=max_seconds,
         )
-        infiller = load_meeting(folder, forward, device)
+        infiller = load_meeting(folder, forward, device, dtype)
         run_server(models, listener, limits, token, shutdown_seconds, infiller, allowed)
 
 

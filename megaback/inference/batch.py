@@ -24,6 +24,7 @@ from megaback.inference.decoder import Decoder
 from megaback.inference.draws import DrawStream, DrawTable
 from megaback.inference.kv_cache import LayerState
 from megaback.inference.sampling import SamplingOptions, choose, fetched, penalized
+from megaback.inference.step_graphs import StepGraphs
 from megaback.inference.steps import Steps
 from megaback.inference.token_scores import ScoredToken, packed_scores, scored_token
 
@@ -90,7 +91,7 @@ class ContinuousBatch:
     """Samples that one model is generating, at most `num_slots`."""
 
     def __init__(self, decoder: Decoder, codec: TextCodec, num_slots: int) -> None:
-        self._decoder, self._codec = decoder, codec
+        self._decoder, self.codec = decoder, codec
         self._cache = decoder.new_cache(num_slots)
         self._rows: list[_Row] = []
         self._groups: _Groups | None = None  # made when the rows have changed
@@ -101,11 +102,19 @@ class ContinuousBatch:
         self._draws = DrawTable(num_slots, decoder.device)
         self._added_RV = torch.zeros(num_slots, decoder.vocab_size, device=decoder.device)
         self._seen_RV: Tensor | None = None  # made for the first sample with a penalty
+        self._graphs: StepGraphs | None = None
+        if decoder.capture is not None:
+            self._graphs = StepGraphs(decoder, self._cache, self._ids_R, decoder.capture)
         self._later: dict[tuple[int, ...], Tensor] = {}
         self._last_read: tuple[list[int], list[LayerState]] | None = None
 
     def __len__(self) -> int:
         return len(self._rows) + len(self._readings)
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether its steps are captured, which takes longer than to clear it."""
+        return self._graphs is not None
 
     @property
     def num_rows(self) -> int:
@@ -116,6 +125,12 @@ class ContinuousBatch:
     def num_slots(self) -> int:
         """Maximum number of samples."""
         return self._cache.num_rows
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Capture what can be captured before the first sample, so that memory is known then."""
+        if self._graphs is not None:
+            self._graphs.prepare()
 
     def check(self, prompt: Prompt) -> None:
         """Raises PromptError if a prompt does not fit the context."""
@@ -158,6 +173,7 @@ class ContinuousBatch:
         self._steps_of_first = None
         while self._rows:
             self._take(len(self._rows) - 1)
+        self._draws.restart()  # a step may have failed halfway
 
     @torch.inference_mode()
     def read(self, seconds: float = 0.0) -> None:
@@ -182,15 +198,14 @@ class ContinuousBatch:
             return []
         if self._groups is None:
             self._groups = _Groups.of(self._rows, self._decoder.device)
-        num_rows = len(self._rows)
-        logits_BV = self._decoder.step(self._ids_R[:num_rows], self._cache)
-        chosen_B = self._choose(logits_BV, self._groups.choices)
+        if self._graphs is None:
+            logits_BV = self._decoder.step(self._ids_R[: len(self._rows)], self._cache)
+        else:
+            logits_BV = self._graphs.logits()
+        chosen_B = self._chosen(logits_BV, self._groups.choices)
+        self._draws.advance([row.draws for row in self._rows])
         chosen = fetched(chosen_B)
         scores = _scores_of(logits_BV, chosen_B, self._groups.scored)
-        self._ids_R[:num_rows] = chosen_B
-        self._draws.advance([row.draws for row in self._rows])
-        if self._seen_RV is not None:
-            self._seen_RV[:num_rows].scatter_(1, chosen_B[:, None], True)
         steps = []
         for at, (row, new_id) in enumerate(zip(self._rows, chosen, strict=True)):
             sample = row.sample
@@ -271,6 +286,26 @@ class ContinuousBatch:
                 row = self._take(at)
                 self._readings.append(_Reading(row, row.sample.ids[-(context_tokens // 2) : -1]))
 
+    def _chosen(self, logits_BV: Tensor, choices: "list[tuple[SamplingOptions, _At]]") -> Tensor:
+        """An id for each row, -1 for a row without one, with which the next step begins."""
+        if self._graphs is not None and len(choices) == 1:
+            options = choices[0][0]
+
+            def choose_all(logits_BV: Tensor) -> Tensor:
+                return self._choose(logits_BV, [(options, slice(len(logits_BV)))])
+
+            return self._graphs.choose(options, choose_all, self._commit)
+        chosen_B = self._choose(logits_BV, choices)
+        self._commit(chosen_B)
+        return chosen_B
+
+    def _commit(self, chosen_B: Tensor) -> None:
+        ids_B = chosen_B.clamp(min=0)  # an unused row may have none
+        self._ids_R[: len(ids_B)] = ids_B
+        self._draws.advance_on_device()
+        if self._seen_RV is not None:
+            self._seen_RV[: len(ids_B)].scatter_(1, ids_B[:, None], True)
+
     def _choose(self, logits_BV: Tensor, choices: "list[tuple[SamplingOptions, _At]]") -> Tensor:
         """An id for each row; rows with equal options are sampled in one operation."""
         chosen_B = torch.empty(len(logits_BV), dtype=torch.long, device=logits_BV.device)
@@ -296,7 +331,7 @@ class ContinuousBatch:
         """Logit mask of all ids of a sample after its first."""
         key = (sample.prompt.end_id, *sample.options.stop_ids)
         if key not in self._later:
-            writable = self._codec.writable_ids(sample.prompt.end_id).tolist()
+            writable = self.codec.writable_ids(sample.prompt.end_id).tolist()
             self._later[key] = self._only([*writable, *sample.options.stop_ids])
         return self._later[key]
 

@@ -14,8 +14,8 @@ from data_pipeline.text.codec import Prompt
 from megaback.inference.decoder import Decoder
 from megaback.inference.generate import complete, sample_many
 from megaback.inference.likelihood import Continuation, log_probabilities
+from megaback.inference.placement import choose_device, choose_dtype
 from megaback.inference.sampling import SamplingOptions
-from megaback.inference.text_writer import choose_device
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import load_model_folder
@@ -87,14 +87,21 @@ class Chat:
         return complete(self.decoder, self.form.codec, given, context_tokens, options)
 
 
-def load_chat(folder: str | Path, *, device: str | None = None) -> Chat:
-    """A BackChat model from a folder, a run or a checkpoint, as `megaback.load` takes them.
+def load_chat(
+    folder: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    cuda_graphs: bool = True,
+) -> Chat:
+    """A BackChat model from a folder, a run or a checkpoint, with `device`, `dtype` and
+    `cuda_graphs` as `megaback.load` takes them.
 
     Raises CheckpointMissingError, CheckpointCorruptError, BackendError.
     """
     on = choose_device(device)
-    model, description, codec = load_model_folder(model_folder(folder), on)
-    decoder = Decoder(model, description.context_tokens, takes_over=False)
+    model, description, codec = load_model_folder(model_folder(folder), on, choose_dtype(dtype, on))
+    decoder = Decoder(model, description.context_tokens, takes_over=False, cuda_graphs=cuda_graphs)
     return Chat(model, decoder, ChatFormat(codec))
 
 

@@ -8,21 +8,29 @@ Shapes: N tokens, B rows, D width, H query heads, K key and value heads, G query
 head dimension, F MLP width, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
 from data_pipeline.text.codec import TextCodec
+from megaback.inference.cuda_graph import Capture, CudaCapture, why_no_graphs
 from megaback.inference.kv_cache import CacheView, KeyValueCache, LayerState
 from megaback.inference.steps import Steps
 from megaback.inference.token_scores import ScoredToken, packed_scores, scored_token
 from megaback.model.compiler import require_compiler
 from megaback.model.gpt import Attention, Block, ReverseGPT, Rotary
 from megaback.weights.model_folder import ModelDescription, load_model_folder
+
+if TYPE_CHECKING:
+    from megaback.inference.batch import ContinuousBatch
+
+_LOG = logging.getLogger("megaback.inference")
 
 Product = Callable[[Tensor], Tensor]
 """hidden_ND -> its product with a matrix."""
@@ -55,12 +63,13 @@ class Decoder:
         usual_rows: int = 1,
         takes_over: bool = True,
         compiled: bool = False,
+        cuda_graphs: bool = True,
     ) -> None:
         """Pack a model's weights, which empties the model; without `takes_over`, only read them.
 
         Reading them is slower. `usual_rows`: number of rows to optimize for on a CPU; any number
         works. `compiled` has torch.compile fuse the operations between the products; the first
-        tokens then take long.
+        tokens then take long. `cuda_graphs`: capture the steps of batches on a CUDA device.
         """
         self.shape = model.shape
         self.vocab_size = model.vocab_size
@@ -92,7 +101,18 @@ class Decoder:
         self._rotation = (rotary.cos_T1E, rotary.sin_T1E * signs_E)
         if compiled:
             require_compiler(self.device.type, "`compiled`")
-        self._step = torch.compile(self._step_eagerly, dynamic=True) if compiled else None
+        self._compiled = compiled
+        self.logits = torch.compile(self._logits, dynamic=True) if compiled else self._logits
+        self.idle_batch: ContinuousBatch | None = None
+        """A batch that has captured its steps, for the next samples."""
+        self.capture: Capture | None = None
+        """Captures the steps of batches; None if they are run as they are."""
+        if cuda_graphs and self.device.type != "cpu":
+            reason = why_no_graphs(self.device)
+            if reason is None:
+                self.capture = CudaCapture(self.device)
+            else:
+                _LOG.info("text is written without CUDA graphs: %s", reason)
 
     def new_cache(self, num_rows: int) -> KeyValueCache:
         """An empty cache, with room for the whole context of each row."""
@@ -152,14 +172,14 @@ class Decoder:
 
         The host does not wait for the device.
         """
-        if self._step is None:
-            logits_BV = self._step_eagerly(ids_B, cache.positions, cache.view())
-        else:
-            logits_BV = self._step(ids_B, cache.positions, cache.full_view())
+        view = cache.full_view() if self._compiled else cache.view()
+        logits_BV = self.logits(ids_B, cache.positions, view)
         cache.advance()
         return logits_BV
 
-    def _step_eagerly(self, ids_B: Tensor, positions_B: Tensor, view: CacheView) -> Tensor:
+    def _logits(self, ids_B: Tensor, positions_B: Tensor, view: CacheView) -> Tensor:
+        """Logits of the ids after these in fp32, whose keys and values are written: (B, V)."""
+
         def attend(layer: int, query_BHE: Tensor, key_BKE: Tensor, value_BKE: Tensor) -> Tensor:
             keys_BKSE, values_BKSE = view.layers[layer]
             keys_BKSE[view.place] = key_BKE.to(self.cache_dtype)
@@ -303,8 +323,15 @@ def load_decoder(
     *,
     usual_rows: int = 1,
     compiled: bool = False,
+    cuda_graphs: bool = True,
 ) -> tuple[Decoder, ModelDescription, TextCodec]:
     """A decoder of the model in a folder, with its description and codec."""
     model, description, codec = load_model_folder(folder, device, dtype)
-    decoder = Decoder(model, description.context_tokens, usual_rows=usual_rows, compiled=compiled)
+    decoder = Decoder(
+        model,
+        description.context_tokens,
+        usual_rows=usual_rows,
+        compiled=compiled,
+        cuda_graphs=cuda_graphs,
+    )
     return decoder, description, codec

@@ -19,7 +19,7 @@ from data_pipeline.common.interrupts import received_signal, signals_deferred
 from data_pipeline.common.process_pool import begin_worker, kill, silence_resource_tracker
 from data_pipeline.errors import LaunchError
 from megaback.inference.likelihood import Continuation, log_probabilities
-from megaback.inference.text_writer import choose_device
+from megaback.inference.placement import choose_device
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.model_folder import load_model_folder
 
@@ -44,10 +44,14 @@ class DevicePool:
     """The model of a folder, on each of several devices. Close it, or use it with `with`."""
 
     def __init__(
-        self, folder: Path, devices: Sequence[torch.device], model: ReverseGPT | None = None
+        self,
+        folder: Path,
+        devices: Sequence[torch.device],
+        dtype: torch.dtype,
+        model: ReverseGPT | None = None,
     ) -> None:
         """`model`: the same model, if it is loaded already; used if there is one device."""
-        self._folder = folder
+        self._folder, self.dtype = folder, dtype
         self._devices = [str(device) for device in devices]
         self._model = model
         self._pools = []
@@ -68,7 +72,7 @@ class DevicePool:
         """
         number = next(self._next_devices)
         if self._pools:
-            call = (str(self._folder), self._devices[number], continuations)
+            call = (str(self._folder), self._devices[number], self.dtype, continuations)
             others = set(active_children())
             try:
                 with (
@@ -81,7 +85,9 @@ class DevicePool:
             except BrokenProcessPool:
                 raise LaunchError(_KILLED) from None
         if self._model is None:
-            self._model, _, _ = load_model_folder(self._folder, torch.device(self._devices[0]))
+            self._model, _, _ = load_model_folder(
+                self._folder, torch.device(self._devices[0]), self.dtype
+            )
         done: Future[list[float]] = Future()
         done.set_result(log_probabilities(self._model, continuations))
         return done
@@ -110,10 +116,12 @@ class DevicePool:
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: str, device: str) -> ReverseGPT:
-    model, _, _ = load_model_folder(Path(folder), torch.device(device))
+def _loaded(folder: str, device: str, dtype: torch.dtype) -> ReverseGPT:
+    model, _, _ = load_model_folder(Path(folder), torch.device(device), dtype)
     return model
 
 
-def _on_device(folder: str, device: str, continuations: Sequence[Continuation]) -> list[float]:
-    return log_probabilities(_loaded(folder, device), continuations)
+def _on_device(
+    folder: str, device: str, dtype: torch.dtype, continuations: Sequence[Continuation]
+) -> list[float]:
+    return log_probabilities(_loaded(folder, device, dtype), continuations)

@@ -12,6 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megaback.model.sending import sent
+
 _STEPS_AHEAD = 64
 
 
@@ -41,26 +43,37 @@ class DrawTable:
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self._draws_SR = torch.zeros(_STEPS_AHEAD, num_rows, dtype=torch.float64, device=device)
         self._step = 0
+        self._step_1 = torch.zeros(1, dtype=torch.long, device=device)
 
     @property
     def current(self) -> Tensor:
         """The numbers of this step, also of unused rows: shape (R,), in fp64."""
-        return self._draws_SR[self._step]
+        return self._draws_SR.index_select(0, self._step_1)[0]
 
     def set(self, row: int, stream: DrawStream) -> None:
         """Fill a row."""
         draws_S = torch.from_numpy(stream.next(_STEPS_AHEAD - self._step).astype(np.float64))
         self._draws_SR[self._step :, row] = draws_S.to(self._draws_SR.device)
 
+    def restart(self) -> None:
+        """Make the device's and the host's step agree; for a table without rows."""
+        self._step = 0
+        self._step_1.zero_()
+
     def move(self, row: int, to: int) -> None:
         self._draws_SR[:, to] = self._draws_SR[:, row]
 
+    def advance_on_device(self) -> None:
+        """Use up the device's numbers of this step."""
+        self._step_1.add_(1)
+
     def advance(self, streams: Sequence[DrawStream]) -> None:
-        """Use up a number of each row in use; these are the streams of the first rows."""
+        """Use up the host's numbers of each row in use: the streams of the first rows."""
         for stream in streams:
             stream.advance()
         self._step = (self._step + 1) % _STEPS_AHEAD
         if not self._step:
             draws_SR = np.stack([stream.next(_STEPS_AHEAD) for stream in streams], axis=1)
-            sent_SR = torch.from_numpy(draws_SR.astype(np.float64)).to(self._draws_SR.device)
+            sent_SR = sent(torch.from_numpy(draws_SR.astype(np.float64)), self._draws_SR.device)
             self._draws_SR[:, : len(streams)] = sent_SR
+            self._step_1.zero_()

@@ -82,20 +82,34 @@ def generate_many(
         return
     if seeds is None:
         seeds = range(options.seed, options.seed + len(prompts))
-    batch = ContinuousBatch(decoder, codec, len(prompts))
+    batch = _batch_for(decoder, codec, len(prompts))
     numbers: dict[Sample, int] = {}
     for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         sample = Sample(prompt, replace(options, seed=seed))
         batch.add(sample)
         numbers[sample] = number
-    while len(batch):
-        try:
-            batch.read(math.inf)
-        except ReadingError as error:
-            raise error.__cause__ or error from None
-        new_ids: list[int | None] = [None] * len(prompts)
-        for step in batch.step():
-            if not step.is_end:
-                new_ids[numbers[step.sample]] = step.new_id
-        if any(new_id is not None for new_id in new_ids):
-            yield new_ids
+    try:
+        while len(batch):
+            try:
+                batch.read(math.inf)
+            except ReadingError as error:
+                raise error.__cause__ or error from None
+            new_ids: list[int | None] = [None] * len(prompts)
+            for step in batch.step():
+                if not step.is_end:
+                    new_ids[numbers[step.sample]] = step.new_id
+            if any(new_id is not None for new_id in new_ids):
+                yield new_ids
+    finally:
+        if batch.has_graphs:
+            batch.clear()
+            decoder.idle_batch = batch
+
+
+def _batch_for(decoder: Decoder, codec: TextCodec, num_slots: int) -> ContinuousBatch:
+    """An empty batch with at least as many slots: the last one, if it has captured its steps."""
+    idle, decoder.idle_batch = decoder.idle_batch, None
+    if idle is not None and idle.num_slots >= num_slots and idle.codec is codec:
+        return idle
+    del idle  # before memory for another is allocated
+    return ContinuousBatch(decoder, codec, num_slots)

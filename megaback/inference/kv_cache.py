@@ -51,6 +51,7 @@ class KeyValueCache:
         self._rows_R = torch.arange(num_rows, device=device)
         # Also on the device, so that a step need not send them.
         self._lengths_R = torch.zeros_like(self._rows_R)
+        self._is_used_R = torch.zeros_like(self._rows_R)
         self.num_rows = num_rows
         self.capacity_tokens = capacity_tokens
         self.lengths: list[int] = []
@@ -58,7 +59,11 @@ class KeyValueCache:
     @property
     def positions(self) -> Tensor:
         """Positions of the rows' next tokens, their lengths, on the device: shape (B,)."""
-        return self._lengths_R[: len(self.lengths)]
+        return self.positions_of(len(self.lengths))
+
+    def positions_of(self, rows: int) -> Tensor:
+        """`positions` of the first rows; 0 for unused ones."""
+        return self._lengths_R[:rows]
 
     def add(self, state: Sequence[LayerState]) -> None:
         """Add a prefilled row. Raises ValueError if all rows are in use."""
@@ -69,6 +74,7 @@ class KeyValueCache:
             self._keys[layer, row, :, :length] = keys_KTE
             self._values[layer, row, :, :length] = values_KTE
         self._lengths_R[row].fill_(length)  # an assignment would copy it from the host
+        self._is_used_R[row].fill_(1)
         self.lengths.append(length)
 
     def remove(self, row: int) -> None:
@@ -80,31 +86,45 @@ class KeyValueCache:
             self._values[:, row, :, :length] = self._values[:, last, :, :length]
             self._lengths_R[row].fill_(length)
             self.lengths[row] = length
+        self._lengths_R[last].zero_()
+        self._is_used_R[last].zero_()
 
     def view(self) -> CacheView:
         """Slots up to the longest row's next one; no mask if all rows have that length."""
         length = max(self.lengths)
         if min(self.lengths) < length:
-            return self._masked(length + 1)
+            return self.masked_view(len(self.lengths), length + 1)
         every = slice(None)
-        return CacheView(self._layers(length + 1), (every, every, length), None)
+        layers = self._layers(len(self.lengths), length + 1)
+        return CacheView(layers, (every, every, length), None)
 
     def full_view(self) -> CacheView:
         """All slots, masked: a compiled step sees the same shape at every length."""
-        return self._masked(self.capacity_tokens)
+        return self.masked_view(len(self.lengths), self.capacity_tokens)
+
+    def masked_view(self, rows: int, slots: int) -> CacheView:
+        """The first slots of the first rows: depends on the device's numbers only.
+
+        An unused row sees its first slot, and writes there.
+        """
+        lengths_B = self.positions_of(rows)
+        visible = (self._slots_S[:slots] <= lengths_B[:, None])[:, None, None]
+        place = (self._rows_R[:rows], slice(None), lengths_B)
+        return CacheView(self._layers(rows, slots), place, visible)
 
     def advance(self) -> None:
-        """Count a token per row, after it was written at the place of `view`."""
+        """Count a token per row, after it was written at the place of a view."""
         self.positions.add_(1)
+        self.count_token()
+
+    def advance_on_device(self, rows: int) -> None:
+        """The device's part of `advance`, for those of the first rows that are in use."""
+        self._lengths_R[:rows].add_(self._is_used_R[:rows])
+
+    def count_token(self) -> None:
+        """The host's part of `advance`."""
         self.lengths = [length + 1 for length in self.lengths]
 
-    def _masked(self, stop: int) -> CacheView:
-        lengths_B = self.positions
-        visible = (self._slots_S[:stop] <= lengths_B[:, None])[:, None, None]
-        rows_B = self._rows_R[: len(lengths_B)]
-        return CacheView(self._layers(stop), (rows_B, slice(None), lengths_B), visible)
-
-    def _layers(self, stop: int) -> list[LayerState]:
-        rows = len(self.lengths)
+    def _layers(self, rows: int, stop: int) -> list[LayerState]:
         keys, values = self._keys[:, :rows, :, :stop], self._values[:, :rows, :, :stop]
         return list(zip(keys.unbind(), values.unbind(), strict=True))

@@ -7,56 +7,40 @@ print(writer.complete_backwards("and they lived happily ever after."))
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
-from data_pipeline.errors import BackendError, DirectionMismatchError, PromptError
+from data_pipeline.errors import DirectionMismatchError, PromptError
 from data_pipeline.text.codec import Direction, TextCodec
 from megaback.inference.decoder import Decoder, load_decoder
 from megaback.inference.generate import generate_many
+from megaback.inference.placement import choose_device, choose_dtype
 from megaback.inference.sampling import SamplingOptions
 from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import ModelDescription
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def choose_device(name: str | None) -> torch.device:
-    """A device by name, or the first GPU, or the CPU. Raises BackendError if not available."""
-    has_cuda = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if has_cuda else "cpu"))
-    except RuntimeError:
-        raise BackendError(f"`device` {name!r} is not a device; use cpu, cuda or cuda:N") from None
-    if device.type != "cpu" and not (
-        device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
-    ):
-        raise BackendError(
-            f"`device` {name!r} is not available: torch sees {torch.cuda.device_count()} CUDA "
-            "devices; use cpu, or a CUDA build of torch on a machine with GPUs"
-        )
-    return device
 
 
 def load(
     folder: str | Path,
     *,
     device: str | None = None,
-    dtype: str = "float32",
+    dtype: str = "auto",
     usual_rows: int = 1,
     compiled: bool = False,
+    cuda_graphs: bool = True,
 ) -> "Writer":
     """The model in a folder that `megaback convert --to full` or `--to hf` wrote, or of a run or
     a checkpoint, which is converted beside it, once.
 
-    `device`: `cpu`, `cuda`, `cuda:1`; by default the first GPU, if there is one. `dtype`: `float32`
-    or `bfloat16`. `usual_rows`: number of texts per batch to optimize for. `compiled`: with
-    torch.compile. Raises CheckpointMissingError, CheckpointCorruptError, BackendError.
+    `device`: `cpu`, `cuda`, `cuda:1`; by default the first GPU, if there is one. `dtype`:
+    `float32`, `bfloat16`, or by default `auto`: `bfloat16` on a GPU that computes in it, `float32`
+    elsewhere. `usual_rows`: number of texts per batch to optimize for. `compiled`: with
+    torch.compile. `cuda_graphs`: on a CUDA device, capture the steps of generation and replay
+    them. Raises CheckpointMissingError, CheckpointCorruptError, BackendError.
     """
-    if dtype not in _DTYPES:
-        raise BackendError(f"`dtype` is {dtype!r}; use {' or '.join(_DTYPES)}")
     on = choose_device(device)
+    weights = choose_dtype(dtype, on)
     path = model_folder(folder)
-    made = load_decoder(path, on, _DTYPES[dtype], usual_rows=usual_rows, compiled=compiled)
+    made = load_decoder(
+        path, on, weights, usual_rows=usual_rows, compiled=compiled, cuda_graphs=cuda_graphs
+    )
     return Writer(*made)
 
 

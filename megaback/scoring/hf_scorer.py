@@ -109,7 +109,9 @@ def _require_all_read(folder: Path, model: Any, loading: dict[str, Any]) -> None
 class HfScorer:
     """Scores answers, including the end-of-text token if the tokenizer has one."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Raises BackendError without transformers, CheckpointCorruptError for an invalid model.
 
         The tensors of the folder must be exactly those of the model: the library would initialize
@@ -130,7 +132,7 @@ class HfScorer:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **how)
             model: Any
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **how
+                folder, use_safetensors=True, dtype=dtype, output_loading_info=True, **how
             )
         except Exception as error:  # noqa: BLE001 - the library raises errors of any kind
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

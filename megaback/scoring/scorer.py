@@ -18,6 +18,7 @@ from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction, TextCodec
 from megaback.inference.device_pool import DevicePool, choose_devices
 from megaback.inference.likelihood import Continuation, in_packs
+from megaback.inference.placement import choose_dtype, dtype_name
 from megaback.scoring.pairs import Pair
 from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import read_description, tokenizer_of
@@ -135,6 +136,11 @@ class Scorer:
         self._pool = pool
         self._with_prior = with_prior
 
+    @property
+    def dtype(self) -> str:
+        """Data type of the weights: `float32` or `bfloat16`."""
+        return dtype_name(self._pool.dtype)
+
     def score(self, pairs: Sequence[Pair]) -> list[Score]:
         """The score of each pair. Raises PromptError for one that does not fit the context."""
         encoded = ((None, self.encoder.encode(pair)) for pair in pairs)
@@ -198,15 +204,16 @@ def load_scorer(
     *,
     form: Form | str = Form.CHAT,
     device: str | None = None,
+    dtype: str = "auto",
     with_prior: bool = True,
 ) -> Scorer:
     """A scorer with the model in a folder that `megaback convert --to full` or `--to hf` wrote, or
     of a run or a checkpoint, which is converted beside it, once.
 
     `form`: `chat` or `plain` (docs/scoring.md). `device`: names separated by commas; by default
-    every GPU, or else the CPU. `with_prior`: also score the written text alone, for
-    `Score.log_ratio`. Raises ConfigError, CheckpointMissingError, CheckpointCorruptError,
-    BackendError.
+    every GPU, or else the CPU. `dtype`: as `megaback.load` takes it. `with_prior`: also score the
+    written text alone, for `Score.log_ratio`. Raises ConfigError, CheckpointMissingError,
+    CheckpointCorruptError, BackendError.
     """
     if form not in list(Form):
         raise ConfigError(f"`form` is {form!r}; use {' or '.join(Form)}")
@@ -215,4 +222,6 @@ def load_scorer(
     text_format = description.text_format
     codec = TextCodec.load(tokenizer_of(folder), text_format.direction, text_format.unit)
     encoder = PairEncoder(codec, Form(form), description.context_tokens)
-    return Scorer(encoder, DevicePool(folder, choose_devices(device)), with_prior=with_prior)
+    devices = choose_devices(device)
+    pool = DevicePool(folder, devices, choose_dtype(dtype, devices[0]))
+    return Scorer(encoder, pool, with_prior=with_prior)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.helpers.paths import ROOT
 
-_HELPERS = {"device_traffic.py", "fake_gpu.py", "fake_streams.py"}
+_HELPERS = {"device_traffic.py", "fake_gpu.py", "fake_graphs.py", "fake_streams.py"}
 
 
 @dataclass

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.helpers.device_traffic import Traffic, at_line
+from tests.helpers.fake_graphs import FakeCapture, Recording
 from tests.helpers.fake_streams import FakeDeviceStreams
 from tests.helpers.in_fork import in_fork
 
@@ -110,9 +111,28 @@ class _Device(TorchDispatchMode):
         self.streams = FakeDeviceStreams(self._count_sync)
         self._pinned: dict[int, Tensor] = {}  # held, as the address of freed memory is reused
         self._within = 0
+        self._recording: Recording | None = None
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Work as a graph: see `fake_graphs`. Returns its replay."""
+        recording = self._recording = Recording()
+        try:
+            work()
+        finally:
+            self._recording = None
+            recording.end()
+
+        def replay() -> None:
+            self._kernel("graph")
+            for memory in recording.repeat():
+                self.streams.write(memory, is_new=False)
+
+        return replay
 
     def sync(self, what: str) -> None:
         """Wait for the current stream."""
+        if self._recording is not None:
+            raise RuntimeError(f"{at_line(what)} is not permitted while a graph is captured")
         self.streams.host_waits(self.streams.current.record_event(), what)
 
     def _count_sync(self, what: str) -> None:
@@ -146,6 +166,8 @@ class _Device(TorchDispatchMode):
 
     def _call(self, operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         tensors: list[Tensor] = []
+        if self._recording is not None:  # numbers on the host are passed with the kernel
+            args = tree_map(_copied_if_on_host, args)
         held_args = [_held(value, tensors) for value in args]
         held_kwargs = {name: _held(value, tensors) for name, value in kwargs.items()}
         on_gpu = [one for one in tensors if isinstance(one, _GpuTensor)]
@@ -163,7 +185,11 @@ class _Device(TorchDispatchMode):
             if not operation.is_view:
                 for tensor in on_gpu:
                     self.streams.read(_memory(tensor))
-        result = operation(*held_args, **held_kwargs)
+        if self._recording is not None and (on_gpu or goes_to_gpu):
+            held = [one.held for one in tree_leaves(_written(operation, args, kwargs))]
+            result = self._recording.run(operation, held_args, held_kwargs, held)
+        else:
+            result = operation(*held_args, **held_kwargs)
         if operation._schema.is_mutable:
             written = _written(operation, args, kwargs)
             for tensor in tree_leaves(written):
@@ -189,6 +215,8 @@ class _Device(TorchDispatchMode):
             source = args[1] if is_in_place else args[0]
             to_gpu = isinstance(args[0], _GpuTensor) if is_in_place else goes_to_gpu
             if isinstance(source, _GpuTensor) != to_gpu:
+                if self._recording is not None:
+                    self.sync(f"{name} between the devices")
                 is_async = kwargs.get("non_blocking", False) or (is_in_place and True in args[2:])
                 host = source if to_gpu else (args[0] if is_in_place else None)
                 # Without a destination, torch makes one in pinned memory.
@@ -216,7 +244,7 @@ class _Device(TorchDispatchMode):
             self.sync(name)
 
     def _kernel(self, name: str) -> None:
-        if not self._within:
+        if not self._within and self._recording is None:
             for traffic in self.counting:
                 traffic.kernels[name] += 1
 
@@ -243,6 +271,11 @@ def _require_one_device(operation: Any, tensors: Sequence[Tensor]) -> None:
                 f"{operation}: expected all tensors to be on the same device, but a tensor of "
                 f"shape {tuple(tensor.shape)} is on the host"
             )
+
+
+def _copied_if_on_host(value: Any) -> Any:
+    is_on_host = isinstance(value, Tensor) and not isinstance(value, _GpuTensor)
+    return value.clone() if is_on_host else value
 
 
 def _memory(tensor: _GpuTensor) -> int:
@@ -329,6 +362,11 @@ def counted() -> Iterator[Traffic]:
         yield traffic
     finally:
         counting.remove(traffic)
+
+
+def fake_capture() -> FakeCapture:
+    """A stand-in for CUDA's graphs, in a test of the fake GPU."""
+    return FakeCapture(_current().record)
 
 
 def gpu() -> torch.device:

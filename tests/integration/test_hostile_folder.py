@@ -40,7 +40,7 @@ from data_pipeline.errors import CheckpointMissingError
 from megaback.inference.device_pool import DevicePool
 from megaback.inference.likelihood import Continuation
 if __name__ == "__main__":
-    with DevicePool(Path("absent"), [torch.device("cpu")] * 2) as pool:
+    with DevicePool(Path("absent"), [torch.device("cpu")] * 2, torch.float32) as pool:
         try:
             pool.result(pool.submit([Continuation((1,), (2,))]))
         except CheckpointMissingError:

@@ -139,7 +139,7 @@ def test_the_examples_of_the_page_run(folder: Path, capsys: pytest.CaptureFixtur
         ("load('nowhere')", "CheckpointMissingError", "nowhere does not exist; give a run"),
         ("load('runs')", "CheckpointMissingError", "runs is neither a model's folder"),
         ("load('models/backward', device='gpu')", "BackendError", "`device` 'gpu' is not a device"),
-        ("load('models/backward', dtype='half')", "BackendError", "`dtype` is 'half'; use float32"),
+        ("load('models/backward', dtype='half')", "BackendError", "`dtype` is 'half'; use auto"),
         ("load('models/backward', devise='cpu')", "TypeError", "'devise'"),
         ("SamplingOptions(temperature=-1)", "ConfigError", "`temperature` is -1, not in the range"),
         ("SamplingOptions(temperature='0')", "ConfigError", "`temperature` is '0', not a number"),

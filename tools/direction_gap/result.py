@@ -106,7 +106,7 @@ def compare(
 
     Raises BackendError, and the errors of shards and checkpoints.
     """
-    from megaback.inference.text_writer import choose_device
+    from megaback.inference.placement import choose_device
     from megaback.scoring.directions import Markers, measure
 
     on = choose_device(device)

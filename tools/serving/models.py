@@ -14,6 +14,7 @@ from data_pipeline.text.codec import Direction, Prompt, TextCodec
 from megaback.inference.batch import ContinuousBatch
 from megaback.inference.decoder import Decoder, load_decoder
 from megaback.inference.infill.infiller import Infiller, load_infiller
+from megaback.inference.placement import dtype_name
 from megaback.weights.converted import shown_name
 from megaback.weights.model_folder import ModelDescription
 from tools.serving import response_schemas
@@ -125,6 +126,7 @@ class ServedModel:
             unit=self.codec.format.unit.value,
             context_tokens=description.context_tokens,
             parameters=self.decoder.num_parameters,
+            dtype=dtype_name(self.decoder.dtype),
             can_infill=can_infill,
         )
 
@@ -135,6 +137,7 @@ def load_models(
     device: torch.device,
     dtype: torch.dtype,
     num_slots: int,
+    cuda_graphs: bool = True,
 ) -> dict[str, ServedModel]:
     """The model of a folder and, if given, a forward one, named after their folders.
 
@@ -143,11 +146,14 @@ def load_models(
     """
     models: dict[str, ServedModel] = {}
     for path in [folder, *_given(forward)]:
-        decoder, description, codec = load_decoder(path, device, dtype, usual_rows=num_slots)
+        decoder, description, codec = load_decoder(
+            path, device, dtype, usual_rows=num_slots, cuda_graphs=cuda_graphs
+        )
         name = shown_name(path)
         if name in models:
             name = f"{name}-forward"
         batch = ContinuousBatch(decoder, codec, num_slots)
+        batch.prepare()
         models[name] = ServedModel(
             name=name,
             description=description,
@@ -164,12 +170,14 @@ def load_models(
     return models
 
 
-def load_meeting(folder: Path, forward: Path | None, device: str | None) -> Infiller | None:
+def load_meeting(
+    folder: Path, forward: Path | None, device: str | None, dtype: str = "auto"
+) -> Infiller | None:
     """The two models as infilling needs them; None if they are not compatible."""
     if forward is None:
         return None
     try:
-        return load_infiller(forward, folder, device=device)
+        return load_infiller(forward, folder, device=device, dtype=dtype)
     except (DirectionMismatchError, TokenizerMismatchError):
         return None
 

@@ -143,6 +143,7 @@ class Model(BaseModel):
     unit: Literal["token", "word"]
     context_tokens: int
     parameters: int
+    dtype: str = Field(description="Data type of the weights.")
     can_infill: bool = Field(description="Together with the other model: /v1/infill.")
 
 

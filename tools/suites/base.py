@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_pipeline.errors import BadRecordError, ConfigError, SourceEmptyError
 from data_pipeline.sources.columns import ExampleColumns
@@ -14,15 +14,13 @@ from data_pipeline.text.chat_format import ChatFormat, Example
 from megaback.inference.chat import Candidate, candidates_of_each
 from megaback.inference.decoder import Decoder
 from megaback.inference.device_pool import DevicePool
+from megaback.inference.placement import choose_device, choose_dtype, dtype_name
 from megaback.inference.sampling import SamplingOptions
 from megaback.scoring.bootstrap import Interval, mean_interval
 from megaback.scoring.pairs import Pair
 from megaback.scoring.scorer import Form, PairEncoder, Score, Scorer
 from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import load_model_folder
-
-if TYPE_CHECKING:
-    import torch
 
 _WRITTEN_AT_ONCE = 64
 
@@ -81,15 +79,37 @@ class SuiteResult:
 class Evaluated:
     """A model under evaluation, which generates and scores."""
 
-    def __init__(self, folder: Path, device: "torch.device") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: str | None = None,
+        dtype: str = "auto",
+        *,
+        cuda_graphs: bool = True,
+    ) -> None:
+        """`device`, `dtype` and `cuda_graphs`: as `megaback.load` takes them."""
+        self._cuda_graphs = cuda_graphs
         self.folder = folder = model_folder(folder)
-        self.device = device
-        self.model, self.description, self.codec = load_model_folder(folder, device)
+        self.device = choose_device(device)
+        self._dtype = choose_dtype(dtype, self.device)
+        self.model, self.description, self.codec = load_model_folder(
+            folder, self.device, self._dtype
+        )
         self.form = ChatFormat(self.codec)
+
+    @property
+    def dtype(self) -> str:
+        """Data type of the weights: `float32` or `bfloat16`."""
+        return dtype_name(self._dtype)
 
     @cached_property
     def _decoder(self) -> Decoder:
-        return Decoder(self.model, self.description.context_tokens, takes_over=False)
+        return Decoder(
+            self.model,
+            self.description.context_tokens,
+            takes_over=False,
+            cuda_graphs=self._cuda_graphs,
+        )
 
     def likeliest(self, given: Sequence[str], tokens: int) -> list[Candidate]:
         """Greedy generation for each text, of at most `tokens` tokens that fit the context."""
@@ -118,9 +138,8 @@ class Evaluated:
 
     def score(self, pairs: Sequence[Pair], form: Form, *, with_prior: bool = True) -> list[Score]:
         encoder = PairEncoder(self.codec, form, self.description.context_tokens)
-        with Scorer(
-            encoder, DevicePool(self.folder, [self.device], self.model), with_prior=with_prior
-        ) as scorer:
+        pool = DevicePool(self.folder, [self.device], self._dtype, self.model)
+        with Scorer(encoder, pool, with_prior=with_prior) as scorer:
             return scorer.score(pairs)
 
 

@@ -19,9 +19,9 @@ from megaback.inference.infill.join_scores import TOKENS_AT_ONCE, Half, score_ha
 from megaback.inference.infill.join_search import Join, best_join_steps, mean_per_token
 from megaback.inference.infill.prompts import InfillPrompts
 from megaback.inference.likelihood import Continuation, log_probability_steps
+from megaback.inference.placement import choose_device, choose_dtype
 from megaback.inference.sampling import SamplingOptions
 from megaback.inference.steps import Steps, finish
-from megaback.inference.text_writer import choose_device
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import load_model_folder
@@ -47,11 +47,23 @@ class Reader:
     codec: TextCodec
 
     @classmethod
-    def load(cls, folder: Path, device: str | None = None) -> "Reader":
+    def load(
+        cls,
+        folder: Path,
+        device: str | None = None,
+        dtype: str = "auto",
+        *,
+        cuda_graphs: bool = True,
+    ) -> "Reader":
         """The model in a folder that `megaback convert` wrote, of a run or of a checkpoint."""
         on = choose_device(device)
-        model, description, codec = load_model_folder(model_folder(folder), on)
-        return cls(model, Decoder(model, description.context_tokens, takes_over=False), codec)
+        model, description, codec = load_model_folder(
+            model_folder(folder), on, choose_dtype(dtype, on)
+        )
+        decoder = Decoder(
+            model, description.context_tokens, takes_over=False, cuda_graphs=cuda_graphs
+        )
+        return cls(model, decoder, codec)
 
 
 @dataclass(frozen=True)
@@ -249,16 +261,25 @@ class Infiller:
 
 
 def load_infiller(
-    forward: str | Path, backward: str | Path, *, device: str | None = None
+    forward: str | Path,
+    backward: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    cuda_graphs: bool = True,
 ) -> Infiller:
     """Two models: folders that `megaback convert` wrote, runs or checkpoints.
 
-    `device` is as `megaback.load` takes it.
+    `device`, `dtype` and `cuda_graphs` are as `megaback.load` takes them.
 
     Raises CheckpointMissingError, CheckpointCorruptError, BackendError, TokenizerMismatchError,
     DirectionMismatchError.
     """
-    return Infiller(Reader.load(Path(forward), device), Reader.load(Path(backward), device))
+    readers = [
+        Reader.load(Path(folder), device, dtype, cuda_graphs=cuda_graphs)
+        for folder in (forward, backward)
+    ]
+    return Infiller(*readers)
 
 
 def different_halves(samples: Sequence[Sequence[int]]) -> list[Half]:

@@ -122,7 +122,10 @@ def test_a_plan_is_readable_at_40_columns() -> None:
 def test_tables_of_results_are_readable_at_40_columns(capsys: pytest.CaptureFixture[str]) -> None:
     interval = Interval(0.3234, 0.3011, 0.3508)
     result = SuiteResult(1234, {"word recall": Metric(interval, 1234, 0.0123)})
-    for made in (_table({"instruction-recall": result}), _report({"mixed": interval}, 1234)):
+    for made in (
+        _table({"instruction-recall": result}, "float32"),
+        _report({"mixed": interval}, 1234, "float32"),
+    ):
         print_table(Console(), made)
         require_readable(capsys.readouterr().out, ("0.323", "0.301 to 0.351"))
 

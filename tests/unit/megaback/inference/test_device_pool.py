@@ -15,7 +15,7 @@ _WORK = [Continuation((1,), (2,))]
 
 
 def test_a_killed_device_process_is_reported_to_the_caller(tmp_path: Path) -> None:
-    with DevicePool(tmp_path, [torch.device("cpu")] * 2) as pool:
+    with DevicePool(tmp_path, [torch.device("cpu")] * 2, torch.float32) as pool:
         with pytest.raises(MegabackError) as caught:
             pool.result(pool.submit(_WORK))  # there is no model, but the process has started
         assert not isinstance(caught.value, LaunchError)

@@ -25,6 +25,7 @@ def test_rows_that_join_move_and_leave_use_their_own_numbers_in_order() -> None:
         for _ in range(steps):
             for row, seed in enumerate(rows):
                 used[seed].append(float(table.current[row]))
+            table.advance_on_device()
             table.advance([streams[seed] for seed in rows])
 
     join(0)

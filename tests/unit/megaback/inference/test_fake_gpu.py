@@ -2,7 +2,7 @@
 
 Before ids, lengths and random numbers stayed on the device, a token of 12 layers in bf16 took 358
 kernels, 3 copies to the device and 4 waits, and of 4 rows that report probabilities 370, 5 and 18.
-Now it takes 287, 0 and 1, and 296, 0 and 2.
+Now it takes 290, 0 and 1, and 299, 0 and 2, and as graphs (test_step_graphs.py) 2, 0 and 1.
 """
 
 from dataclasses import replace
@@ -120,7 +120,7 @@ def test_the_kernels_of_a_token_are_bounded(dtype: torch.dtype) -> None:
 
     per_layer = (kernels[1] - kernels[0]) / 2
     assert per_layer <= (20 if dtype is torch.float32 else 22), traffic
-    assert kernels[0] - per_layer <= 21, traffic
+    assert kernels[0] - per_layer <= 24, traffic
 
 
 @on_fake_gpu

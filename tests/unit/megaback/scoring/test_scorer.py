@@ -61,7 +61,7 @@ def test_a_score_is_that_of_a_single_row(
 ) -> None:
     form = ChatFormat(codec(direction))
     encoder = PairEncoder(codec(direction), Form.CHAT, 1 << 20)
-    found = Scorer(encoder, DevicePool(Path(), [CPU], model)).score(pairs)
+    found = Scorer(encoder, DevicePool(Path(), [CPU], torch.float32, model)).score(pairs)
 
     for pair, score in zip(pairs, found, strict=True):
         example = form.encode(Example.of(pair.question, "", pair.answer))
@@ -78,7 +78,9 @@ def test_batches_change_no_score_by_more_than_rounding(
     """Questions of one to twelve tokens, too many for one pass."""
     words = " ".join(english_documents).split()
     pairs = [Pair(words[i], " ".join(words[i + 1 : i + 2 + i % 9])) for i in range(0, 3000, 3)]
-    scorer = Scorer(PairEncoder(codec(), Form.CHAT, 512), DevicePool(Path(), [CPU], model))
+    scorer = Scorer(
+        PairEncoder(codec(), Form.CHAT, 512), DevicePool(Path(), [CPU], torch.float32, model)
+    )
 
     together = scorer.score(pairs)
 
@@ -91,7 +93,7 @@ def test_batches_change_no_score_by_more_than_rounding(
 def test_the_plain_form_scores_a_continued_document(model: ReverseGPT, codec: Codecs) -> None:
     pair = Pair("The old captain\n", "sold a map.")
     encoder = PairEncoder(codec(), Form.PLAIN, 512)
-    (score,) = Scorer(encoder, DevicePool(Path(), [CPU], model)).score([pair])
+    (score,) = Scorer(encoder, DevicePool(Path(), [CPU], torch.float32, model)).score([pair])
 
     begin, of = codec().begin_id, codec().encode
     given_ids, written = [begin, *of(pair.answer).tolist()], of(pair.question).tolist()
@@ -239,7 +241,7 @@ def test_a_malformed_line_is_named_and_nothing_is_written(
     )
     assert skipped.exit_code == 0
     assert f"skipped: {source}:5: " in skipped.stderr
-    assert "6 pairs scored, 1 lines skipped" in skipped.stderr
+    assert "6 pairs scored in float32, 1 lines skipped" in skipped.stderr
     assert len(out.read_text().splitlines()) == 6
 
 

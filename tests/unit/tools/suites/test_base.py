@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,7 +112,7 @@ def test_recall_counts_recovered_instructions(
     """Every second prediction is replaced by the true instruction."""
     from tools.suites.base import read_examples
 
-    evaluated = Evaluated(folders[Direction.BACKWARD], torch.device("cpu"))
+    evaluated = Evaluated(folders[Direction.BACKWARD], "cpu")
     examples = read_examples(str(rows), len(WORDS))
     real = evaluated.likeliest
 
@@ -162,7 +161,7 @@ def test_bits_per_byte_matches_validation(
     from megaback.training import validation as evaluation
     from tools.suites.passages import bits_per_byte
 
-    evaluated = Evaluated(folders[Direction.BACKWARD], torch.device("cpu"))
+    evaluated = Evaluated(folders[Direction.BACKWARD], "cpu")
     frames = FrameStore(DataSet.open(tiny_shards), "val")
     batches = sequential_batches(RowReader(frames, 64, Direction.BACKWARD), 0, 1, 4)
     expected = evaluation.evaluate(
