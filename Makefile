@@ -13,6 +13,16 @@ FLASH_BIN := $(FLASH_VENV)/bin
 FLASH_INSTALLED := $(FLASH_VENV)/.installed
 FLASH_LOG := $(FLASH_VENV).log
 FLASH_PINS := constraints.txt tests/flash/constraints.txt
+# With WHEELHOUSE given, `make gpu-test` has a venv of its own over the torch of PYTHON, without a network.
+WHEELHOUSE ?= build/wheelhouse
+GPU_VENV := .venv-gpu-test
+FROM_WHEELHOUSE := $(filter-out file,$(origin WHEELHOUSE))
+GPU_BIN := $(if $(FROM_WHEELHOUSE),$(GPU_VENV),$(VENV))/bin
+GPU_INSTALLED := $(if $(FROM_WHEELHOUSE),$(GPU_VENV)/.installed,$(INSTALLED))
+OUT ?= build/gpu-test
+PARTS ?=
+MINUTES ?= 8
+AGAIN ?=
 LOCKS := requirements
 PIP_LOCKED := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes
 # yes: only files whose SHA-256 is in requirements/, as CI does. Wheels of another index, such as torch
@@ -21,12 +31,15 @@ HASHES ?= no
 FUZZ_SECONDS ?= 60
 UV_VERSION := 0.13.9
 
-.PHONY: demo test fuzz fuzz-properties flash-test lint format reference docs lock clean help
+.PHONY: demo test gpu-test fuzz fuzz-properties flash-test lint format reference docs lock clean help
 
 help:
 	@echo "make demo        text to shards to training to a backward sample, in minutes"
 	@echo "make test        linters, type checker and every test that this machine can run, in three"
 	@echo "                 processes; TEST_PROCESSES=N for more"
+	@echo "make gpu-test    check and measure what only a GPU can show, in $(MINUTES) minutes; the report is"
+	@echo "                 $(OUT)/report.md; OUT=DIR, PARTS=a,b, MINUTES=N, AGAIN=yes,"
+	@echo "                 WHEELHOUSE=DIR to install from there, for the torch of PYTHON"
 	@echo "make fuzz        fuzz readers of files and requests, $(FUZZ_SECONDS) s each;"
 	@echo "                 FUZZ_SECONDS=N; INPUT=FILE repeats a failed input"
 	@echo "make fuzz-properties  property tests with random examples"
@@ -81,6 +94,21 @@ docs: $(DOCS_INSTALLED)
 test: lint
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --durations=60 --reruns 1 --rerun-show-tracebacks
 	$(MAKE) --no-print-directory flash-test
+
+# A venv made by another venv sees only the packages of the Python below both, so it gets a .pth file.
+$(GPU_VENV)/.installed: $(wildcard $(WHEELHOUSE)/*.whl)
+	$(PYTHON) -m venv --clear --system-site-packages $(GPU_VENV)
+	$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>"$$($(GPU_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth"
+	$(GPU_VENV)/bin/python -c 'import torch' || \
+		{ echo "$(PYTHON) has no torch; set PYTHON to one that has"; exit 1; }
+	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-index \
+		--find-links $(WHEELHOUSE) --no-deps -r $(WHEELHOUSE)/requirements.txt
+	touch $@
+
+gpu-test: $(GPU_INSTALLED)
+	$(GPU_BIN)/python -m benchmarks.gpu_test --out $(OUT) --minutes $(MINUTES) \
+		$(if $(PARTS),--parts $(PARTS)) $(if $(filter yes,$(AGAIN)),--again)
 
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz/run.py $(if $(INPUT),--input $(INPUT),--seconds $(FUZZ_SECONDS))

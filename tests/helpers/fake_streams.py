@@ -13,6 +13,10 @@ class FakeEvent:
         self._device = device
         self.stream, self.moment, self.seen = stream, stream.moment, dict(stream.seen)
 
+    def query(self) -> bool:
+        """Whether the host knows that this moment has passed."""
+        return self._device.host.seen.get(self.stream, 0) >= self.moment
+
     def synchronize(self) -> None:
         if self._device.host.seen.get(self.stream, 0) < self.moment:
             self._device.host_waits(self, "synchronize")
