@@ -236,6 +236,8 @@ class TrainingSection(Section):
     deterministic: bool = True
     """Deterministic algorithms on GPUs, with which a resumed run repeats an uninterrupted one bit
     for bit. They make the backward pass of attention slower. A CPU always has them."""
+    memory_history: bool = False
+    """History of a GPU's allocations, for the snapshot of a rank that is out of memory."""
 
     def may_compile_on(self, is_cpu: bool) -> bool:
         """Whether training on a CPU, or on a GPU, may be compiled."""
@@ -377,6 +379,8 @@ class LoggingSection(Section):
     """Name of the Weights & Biases project."""
     tensorboard: Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_word)] = "auto"
     """Event files of TensorBoard, in the run's folder. auto: where tensorboard is installed."""
+    rank_times: bool = False
+    """Slowest rank of each step by its own forward passes, and its lag, in metrics.jsonl."""
 
 
 class Config(Section):

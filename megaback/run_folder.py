@@ -39,6 +39,9 @@ HEARTBEAT_PREFIX = "rank-"
 COLLECTIVES_FOLDER = "collectives"
 """Last collectives of ranks that lost the others."""
 
+MEMORY_FOLDER = "memory"
+"""State of the allocators of ranks that ran out of memory."""
+
 SUBMITTED_FOLDER = "submitted"
 SUBMISSION_NAME = "submission.json"
 CHANGES_NAME = "changes.diff"
@@ -108,6 +111,11 @@ def heartbeat_path(run: Path, rank: int) -> Path:
 def collectives_path(run: Path, rank: int) -> Path:
     """Path of the record of a rank's last collectives."""
     return run / COLLECTIVES_FOLDER / f"rank-{rank:05d}.jsonl"
+
+
+def memory_path(run: Path, rank: int, suffix: str) -> Path:
+    """Path of a file about the memory of a rank that ran out of it."""
+    return run / MEMORY_FOLDER / f"rank-{rank:05d}{suffix}"
 
 
 def complete_checkpoints(run: Path) -> list[Path]:

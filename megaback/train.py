@@ -28,6 +28,7 @@ from data_pipeline.errors import (
     MegabackError,
     NonFiniteError,
     PreemptedError,
+    StorageError,
     UserInterruptError,
 )
 from data_pipeline.redaction import scrub
@@ -47,6 +48,7 @@ from megaback.faults.stop_request import StopRequest, deadline_of
 from megaback.faults.watchdog import Watchdog
 from megaback.installation import HIDDEN, is_whole
 from megaback.run_folder import COLLECTIVES_FOLDER
+from megaback.training.memory_state import record_memory_history, write_memory_state
 from megaback.training.out_of_memory import device_memory_error
 from megaback.training.setup import prepare_run
 from megaback.training.start import AlreadyTrained
@@ -75,6 +77,8 @@ def train_run(
             if world.is_first:
                 click.echo(prepared.message)
             return
+        if config.training.memory_history:
+            record_memory_history(world.device)
         trainer = Trainer(prepared, world, stop)
         try:
             reason = trainer.train()
@@ -112,7 +116,7 @@ def _train_as_rank(
             os._exit(watchdog.report_lost().exit_code)
         failed = failed_allocation(fault)
         if failed is not None:
-            error = device_memory_error(config, world, failed)
+            error = device_memory_error(config, world, failed, _written(watchdog, world))
             if not watchdog.is_open or watchdog.record_exit(
                 error.exit_code, type(error).__name__, str(error)
             ):
@@ -126,6 +130,17 @@ def _train_as_rank(
         watchdog.mark_exited(reason_text)
         os._exit(MegabackError.exit_code)
     return 0
+
+
+def _written(watchdog: Watchdog, world: World) -> list[Path]:
+    """Files that this rank, which is out of memory, could write into the run's folder."""
+    if not watchdog.is_open:
+        return []
+    try:
+        folder = watchdog.folder()
+    except StorageError:
+        return []
+    return write_memory_state(folder, world.rank, world.device, watchdog.fence.replace)
 
 
 @click.command(

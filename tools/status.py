@@ -154,6 +154,8 @@ def screen(status: Status, now: float) -> str:
         rows.append(("val loss", _validations(status)))
     if status.tokens_per_s is not None:
         rows.append(("pace", _pace(status)))
+    if health.slow_rank is not None:
+        rows.append(("slow rank", health.slow_rank))
     if status.left_s:
         rows.append(("left", _left(status, now)))
     if status.checkpoints:

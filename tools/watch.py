@@ -7,8 +7,11 @@ mounts it.
 import json
 import statistics
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -34,6 +37,8 @@ EXIT_CODES: dict[State, int] = {
     "dead": 6,
 }
 _RECENT_STEPS = 50
+_MIN_TIMED_STEPS = 5
+_MIN_LAG_SHARE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,26 @@ class Health:
     median_step_s: float | None
     ranks: int
     restarts: int
+    slow_rank: str | None = None
+    """Rank that was the slowest in most of the last steps, if `logging.rank_times` is set."""
+
+
+def _slow_rank(steps: Sequence[Mapping[str, Any]]) -> str | None:
+    """The slowest rank of most steps, with its median lag; None if it differs, or is little."""
+    known = [line for line in steps if line.get("slowest_rank") is not None]
+    ranks = Counter(line["slowest_rank"] for line in known)
+    if len(known) < _MIN_TIMED_STEPS:
+        return None
+    rank, count = ranks.most_common(1)[0]
+    own = [line for line in known if line["slowest_rank"] == rank]
+    lag_s = statistics.median(line.get("forward_lag_s") or 0.0 for line in own)
+    forward_s = statistics.median(line.get("slowest_forward_s") or 0.0 for line in own)
+    if count <= len(known) / 2 or lag_s < _MIN_LAG_SHARE * forward_s:
+        return None
+    return (
+        f"rank {rank} is the slowest in {count} of {len(known)} steps: its forward passes take "
+        f"{forward_s:.3f} s, {lag_s:.3f} s longer than the fastest rank's"
+    )
 
 
 def health_of(run: Path, now: float | None = None) -> Health:
@@ -78,6 +103,7 @@ def health_of(run: Path, now: float | None = None) -> Health:
         median_step_s=statistics.median(times) if times else None,
         ranks=len(beats),
         restarts=sum(line.get("event") == "start" for line in history) - 1,
+        slow_rank=_slow_rank(steps[-_RECENT_STEPS:]),
     )
 
 
@@ -110,7 +136,8 @@ def main(run: Path, every_s: float | None, as_json: bool) -> None:
         else:
             restarts = f", {health.restarts} restarts" if health.restarts else ""
             pace = f", {health.median_step_s:.3f} s/step" if health.median_step_s else ""
-            echo(f"{health.state}: step {health.step}{pace}{restarts}; {health.reason}")
+            slow = f"; {health.slow_rank}" if health.slow_rank else ""
+            echo(f"{health.state}: step {health.step}{pace}{restarts}; {health.reason}{slow}")
         if every_s is None or health.state in ("finished", "stopped", "dead"):
             raise SystemExit(EXIT_CODES[health.state])
         time.sleep(every_s)

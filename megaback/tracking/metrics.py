@@ -22,14 +22,25 @@ MACHINE_FIELDS = frozenset(
         "mfu",
         "data_wait_share",
         "memory_peak_bytes",
+        "slowest_rank",
+        "slowest_forward_s",
+        "forward_lag_s",
     }
 )
 """Fields that depend on the machine's speed: they differ between equal runs."""
 _FIELDS = Fields(
     counts=frozenset(
-        ("step", "targets", "tokens_seen", "memory_peak_bytes", "skipped_rows", "val_targets")
+        (
+            "step",
+            "targets",
+            "tokens_seen",
+            "memory_peak_bytes",
+            "skipped_rows",
+            "val_targets",
+            "slowest_rank",
+        )
     ),
-    numbers=MACHINE_FIELDS.difference(("memory_peak_bytes",))
+    numbers=MACHINE_FIELDS.difference(("memory_peak_bytes", "slowest_rank"))
     | {"loss", "learning_rate", "gradient_norm", "val_loss", "val_bits_per_byte", "bits_per_byte"},
     texts=frozenset(("skipped",)),
 )
@@ -87,6 +98,16 @@ def parsed_line(text: bytes) -> dict[str, Any] | None:
     return line if are_known else {}
 
 
+@dataclass(frozen=True)
+class RankTimes:
+    """Own forward passes of the ranks in the step before, in seconds."""
+
+    slowest_rank: int
+    slowest_forward_s: float
+    forward_lag_s: float
+    """Difference to the fastest rank."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """A training step: loss in nats per target, the norm before clipping, wall-clock seconds."""
@@ -106,3 +127,5 @@ class StepRecord:
     """Number of rows of unreadable frames."""
     skipped: str | None = None
     """Reason why the step was skipped, if it was."""
+    rank_times: RankTimes | None = None
+    """Slowest rank, if `logging.rank_times` asks for it."""

@@ -90,6 +90,7 @@ class MetricsLog:
             del line["skipped_rows"]
         if record.skipped is None:
             del line["skipped"]
+        line |= line.pop("rank_times") or {}
         line["tokens_seen"] = step * self._step_tokens
         line["tokens_per_s"] = self._step_tokens / record.step_s
         line["tokens_per_s_per_device"] = line["tokens_per_s"] / self._num_devices

@@ -1,5 +1,8 @@
 """Error of a rank whose device is out of memory, with the keys of the config that need less."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from data_pipeline.errors import DeviceMemoryError, MegabackError
 from data_pipeline.shards.data_set import DataSet
 from megaback.config import Config, split_batch
@@ -8,8 +11,10 @@ from megaback.distributed.world import World
 from megaback.planning.memory_room import planned_memory
 
 
-def device_memory_error(config: Config, world: World, failed: str) -> DeviceMemoryError:
-    """The error of this rank. `failed`: the allocation that failed."""
+def device_memory_error(
+    config: Config, world: World, failed: str, written: Sequence[Path] = ()
+) -> DeviceMemoryError:
+    """The error of this rank. `failed`: the allocation that failed; `written`: files about it."""
     room = available_memory(world.device)
     rows, _ = split_batch(config.batch, world.size)
     kept = config.training.activation_checkpointing
@@ -23,8 +28,20 @@ def device_memory_error(config: Config, world: World, failed: str) -> DeviceMemo
     return DeviceMemoryError(
         f"rank {world.rank} on {room.host} is out of memory: {failed} on {room.device}, which has "
         f"{room.memory_bytes / 1e9:.1f} GB{_planned(config, world, room.device)}; "
-        f"{', or '.join(less)}, and run the same command again to resume"
+        f"{', or '.join(less)}, and run the same command again to resume{_named(config, written)}"
     )
+
+
+def _named(config: Config, written: Sequence[Path]) -> str:
+    """The files about the rank's memory, for the message."""
+    if not written:
+        return ""
+    text = f" ({' and '.join(map(str, written))} have the state of its memory"
+    if any(path.suffix == ".pickle" for path in written):
+        text += "; pytorch.org/memory_viz shows the snapshot in the browser, without an upload"
+        if not config.training.memory_history:
+            text += ", and with training.memory_history its history"
+    return f"{text})"
 
 
 def _planned(config: Config, world: World, device: str) -> str:

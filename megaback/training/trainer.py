@@ -7,7 +7,7 @@ handle faults, and `checkpoints.pipeline` saves.
 
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from time import monotonic
 from typing import Any, NoReturn
@@ -26,11 +26,12 @@ from megaback.faults.step_guard import StepGuard, guarded_steps
 from megaback.faults.stop_request import StopRequest
 from megaback.optim.lr_schedule import rate_factor_at
 from megaback.run_folder import METRICS_NAME
-from megaback.tracking.metrics import StepRecord, read_metrics
+from megaback.tracking.metrics import RankTimes, StepRecord, read_metrics
 from megaback.tracking.metrics_log import MetricsLog
 from megaback.training.agreement import Agreement, StepAhead
 from megaback.training.device_batches import DeviceBatches
 from megaback.training.early_stopping import EarlyStopping, mark_best, read_measurements
+from megaback.training.forward_time import ForwardTime, with_rank, without_rank
 from megaback.training.history_gap import history_gap
 from megaback.training.run import Run, batch_arithmetic
 from megaback.training.start import describe_changes
@@ -72,6 +73,9 @@ class Trainer:
             is_compiled=run.compiler is not None,
         )
         self._batches = DeviceBatches(world.device, send)
+        self._forward_time = (
+            ForwardTime(run.engine, world.device) if run.config.logging.rank_times else None
+        )
         self._saved_step = run.start_step
         self._val_loss = run.val_loss
 
@@ -160,9 +164,9 @@ class Trainer:
         is_first = step == run.start_step
         # Nothing is decided by the maxima, so they travel during the whole step. Memory of the
         # first step is allocated by its gradients.
-        maxima = None if is_first else self._begin_maxima()
+        maxima = None if is_first else self._begin_maxima(is_first)
         self._accumulate_gradients(step, micro_batches, agreed.num_targets)
-        maxima = maxima or self._begin_maxima()
+        maxima = maxima or self._begin_maxima(is_first)
         rate_factor = rate_factor_at(step, run.data.total_steps, optimizer)
         set_learning_rates(run.engine, rate_factor)
         self._ahead.fetch()
@@ -174,7 +178,7 @@ class Trainer:
         gradient_norm, skipped = take_step(
             run.engine, lambda norm: self._guard.verdict(loss(), norm)
         )
-        data_wait_s, peak_bytes = maxima.result()
+        data_wait_s, peak_bytes, *forward = maxima.result()
         step_s = monotonic() - started
         record = StepRecord(
             step=step + 1,
@@ -187,16 +191,24 @@ class Trainer:
             memory_peak_bytes=int(peak_bytes),
             skipped_rows=agreed.skipped_rows,
             skipped=skipped,
+            rank_times=None if is_first or not forward else _rank_times(*forward),
         )
         self._record(lambda log: log.train(record))
         if run.compiler is not None and step >= run.start_step + _COMPILING_STEPS:
             run.compiler.report_growth(num_graphs, f"step {step + 1:,}")
         self._guard.record(step + 1, record.loss, gradient_norm, skipped)
 
-    def _begin_maxima(self) -> Reduction:
-        """Start to find the longest wait for rows, in seconds, and the peak memory, in bytes."""
-        peak_bytes = peak_memory_bytes(self._world.device)
-        return self._world.begin_max(self._ahead.take_wait_s(), peak_bytes)
+    def _begin_maxima(self, is_first: bool) -> Reduction:
+        """Start to find the longest wait for rows, in seconds, and the peak memory, in bytes.
+
+        With `logging.rank_times`, also the longest and the shortest forward passes of the step
+        before, whose work is done.
+        """
+        values = [self._ahead.take_wait_s(), float(peak_memory_bytes(self._world.device))]
+        if self._forward_time is not None:
+            forward_s = 0.0 if is_first else self._forward_time.take_s()
+            values += [with_rank(forward_s, self._world.rank), -forward_s]
+        return self._world.begin_max(*values)
 
     def _accumulate_gradients(
         self, step: int, micro_batches: list[Batch], num_targets: int
@@ -213,7 +225,8 @@ class Trainer:
         with reducing_gradients(run.engine):
             for batch, arguments in self._batches.take(micro_batches, self._ahead.micro_batches):
                 run.watchdog.set_phase("computing gradients", step + 1)
-                loss = run.engine(*arguments).sum()
+                with self._forward_time.forward() if self._forward_time else nullcontext():
+                    loss = run.engine(*arguments).sum()
                 nats += loss.detach()  # on the device, without a synchronization before the end
                 is_last = batch is micro_batches[-1]
                 if is_last:
@@ -272,6 +285,11 @@ class Trainer:
         if self._log is not None:
             _, error = attempt(write, self._log)
             self._log_error = self._log_error or error
+
+
+def _rank_times(slowest: float, negated_fastest_s: float) -> RankTimes:
+    duration_s, rank = without_rank(slowest)
+    return RankTimes(rank, duration_s, max(duration_s + negated_fastest_s, 0.0))
 
 
 def _earlier_steps(run: Run, world: World) -> list[dict[str, Any]]:

@@ -237,3 +237,29 @@ def test_the_command_exits_with_the_code_of_the_state(
 
     assert done.returncode == EXIT_CODES["dead"] == 6
     assert json.loads(done.stdout)["state"] == "dead"
+
+
+@pytest.mark.parametrize(
+    ("slowest", "lag_s", "named"),
+    [
+        ([3, 3, 1, 3, 3, 2], 0.1, "rank 3 is the slowest in 4 of 6 steps"),
+        ([3, 3, 1, 3, 3, 2], 0.01, None),  # of passes of 0.5 s
+        ([1, 2, 3, 1, 2, 3], 0.1, None),
+        ([3, 3, 3], 0.1, None),
+    ],
+)
+def test_the_rank_that_is_the_slowest_in_most_steps_is_named(
+    run: Path, beat: Beat, slowest: list[int], lag_s: float, named: str | None
+) -> None:
+    fields = {"step_s": STEP_S, "slowest_forward_s": 0.5, "forward_lag_s": lag_s}
+    lines: list[dict[str, object]] = [{"step": 1, "step_s": STEP_S}]
+    lines += [{"step": n, "slowest_rank": rank, **fields} for n, rank in enumerate(slowest, 2)]
+    (run / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    beat(0)
+    beat(1)
+
+    said = health_of(run, NOW).slow_rank
+
+    assert (said or "").partition(":")[0] == (named or "")
+    if said:
+        assert said.endswith("take 0.500 s, 0.100 s longer than the fastest rank's")

@@ -93,6 +93,7 @@ class OneRankTrainer(Trainer):
         checkpoints: Any = SimpleNamespace(is_writing=False, is_copying=False)
         self._guard = StepGuard(GuardSection(), [])
         self._log = self._log_error = None
+        self._forward_time = None
         self._ahead = StepAhead(self._run, self._world, stop, checkpoints)
         self._batches = DeviceBatches(device, partial(to_device, device=device))
 

@@ -1,5 +1,6 @@
 """The message of a rank whose device is out of memory names what needs less."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,26 @@ from megaback.distributed.world import World
 from megaback.training.out_of_memory import device_memory_error
 
 
-def message(shards: Path, rows: int, kept: str, stage: int) -> str:
+def message(
+    shards: Path,
+    rows: int,
+    kept: str,
+    stage: int,
+    written: Sequence[Path] = (),
+    **training: Any,
+) -> str:
     fields: dict[str, Any] = {
         "run": "run",
         "data": {"shards": str(shards)},
         "model": {"num_layers": 2, "width": 32, "num_heads": 4},
         "batch": {"context_tokens": 64, "global_batch_rows": 8, "micro_batch_rows": rows},
         "optimizer": {"learning_rate": 1e-3},
-        "training": {"steps": 10, "activation_checkpointing": kept},
+        "training": {"steps": 10, "activation_checkpointing": kept, **training},
         "zero": {"stage": stage},
     }
     world = World(1, 2, torch.device("cpu"), None)
-    return str(device_memory_error(Config.model_validate(fields), world, "9 GiB failed"))
+    config = Config.model_validate(fields)
+    return str(device_memory_error(config, world, "9 GiB failed", written))
 
 
 def test_it_names_rank_allocation_keys_and_plan(tiny_shards: Path) -> None:
@@ -55,3 +64,15 @@ def test_it_needs_no_data_set(tmp_path: Path) -> None:
 
     assert "megaback plan" not in said
     assert "batch.micro_batch_rows" in said
+
+
+def test_it_names_the_files_about_the_memory_and_how_to_read_them(tmp_path: Path) -> None:
+    written = [tmp_path / "rank-00001.txt", tmp_path / "rank-00001.pickle"]
+
+    said = message(tmp_path, 4, "none", 2, written)
+    recorded = message(tmp_path, 4, "none", 2, written, memory_history=True)
+
+    assert f" ({written[0]} and {written[1]} have the state of its memory; " in said
+    assert said.endswith("without an upload, and with training.memory_history its history)")
+    assert recorded.endswith("in the browser, without an upload)")
+    assert "memory_viz" not in message(tmp_path, 4, "none", 2, written[:1])
