@@ -3,7 +3,8 @@
 With a single device, the calling process computes them.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -18,11 +19,17 @@ from data_pipeline.common.import_path import safe_child_imports
 from data_pipeline.common.interrupts import received_signal, signals_deferred
 from data_pipeline.common.process_pool import begin_worker, kill, silence_resource_tracker
 from data_pipeline.errors import LaunchError
-from megaback.inference.likelihood import Continuation, log_probabilities
+from megaback.inference.likelihood import (
+    Continuation,
+    begun_log_probabilities,
+    log_probabilities,
+)
 from megaback.inference.placement import choose_device
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.model_folder import load_model_folder
 
+_BATCHES_AHEAD = 2
+"""Batches that a device of this process has been given before the first of them is waited for."""
 _KILLED = (
     "a device's process was killed, perhaps for lack of memory; run the same command again, with "
     "fewer devices in `device`"
@@ -54,6 +61,7 @@ class DevicePool:
         self._folder, self.dtype = folder, dtype
         self._devices = [str(device) for device in devices]
         self._model = model
+        self._begun: deque[tuple[Future[list[float]], Callable[[], list[float]]]] = deque()
         self._pools = []
         self._processes: set[BaseProcess] = set()
         if len(devices) > 1:
@@ -88,13 +96,20 @@ class DevicePool:
             self._model, _, _ = load_model_folder(
                 self._folder, torch.device(self._devices[0]), self.dtype
             )
-        done: Future[list[float]] = Future()
-        done.set_result(log_probabilities(self._model, continuations))
-        return done
+        begun: Future[list[float]] = Future()
+        self._begun.append((begun, begun_log_probabilities(self._model, continuations)))
+        if len(self._begun) > _BATCHES_AHEAD:
+            self._finish_first()
+        return begun
 
-    @staticmethod
-    def result(future: "Future[list[float]]") -> list[float]:
+    def _finish_first(self) -> None:
+        begun, finish = self._begun.popleft()
+        begun.set_result(finish())
+
+    def result(self, future: "Future[list[float]]") -> list[float]:
         """The log-probabilities, once computed. Raises LaunchError if the process was killed."""
+        while self._begun and not future.done():
+            self._finish_first()
         try:
             return future.result()
         except BrokenProcessPool:

@@ -1,21 +1,26 @@
 """Log-likelihoods of continuations in nats, many of them in one forward pass.
 
 Each function has an equivalent in steps (`megaback.inference.steps`): with `tokens_at_once`, a
-forward pass has at most that many tokens, or one continuation.
+forward pass has at most that many tokens, or one continuation. A device is given the next pass
+before the host waits for the results of the one before.
+
+Shapes: T tokens of a pass, D width, W written ids, C ids, S = 1 + C numbers.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 from torch import Tensor
 
 from megaback.inference.steps import Steps, finish
 from megaback.model.attention import Segments
 from megaback.model.gpt import ReverseGPT, Rotary
+from megaback.model.sending import Arriving, sent
 
 _TOKENS_AT_ONCE = 8192
+_PASSES_AHEAD = 1
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,18 @@ def log_probability_steps(
     return [float(terms_W.sum()) for terms_W in terms]
 
 
+@torch.inference_mode()
+def begun_log_probabilities(
+    model: ReverseGPT, continuations: Sequence[Continuation]
+) -> Callable[[], list[float]]:
+    """`log_probabilities` that a device is computing; the function waits for them."""
+    passes = [
+        (pack, finish(_launch(model, pack, _TOKENS_AT_ONCE)))
+        for pack in _packs(continuations, _TOKENS_AT_ONCE)
+    ]
+    return lambda: [float(terms_W.sum()) for one in passes for terms_W in _terms(*one)]
+
+
 def token_log_probabilities(
     model: ReverseGPT, continuations: Sequence[Continuation]
 ) -> list[Tensor]:
@@ -62,22 +79,37 @@ def token_log_probability_steps(
 ) -> Steps[list[Tensor]]:
     """`token_log_probabilities` in steps."""
     found: list[Tensor] = []
+    waiting: deque[tuple[list[Continuation], Arriving]] = deque()
     for pack in _packs(continuations, tokens_at_once):
-        hidden_WD = yield from _read(model, pack)
-        ids = [written_id for one in pack for written_id in one.written]
-        targets_W = torch.tensor(ids, dtype=torch.long, device=hidden_WD.device)
-        of_parts = [torch.empty(0, dtype=torch.float64)]
-        for part_WD, part_W in zip(
-            torch.split(hidden_WD, tokens_at_once),
-            torch.split(targets_W, tokens_at_once),
-            strict=True,
-        ):
-            logits_WV: Tensor = model.lm_head(part_WD).float()
-            nats_W = F.cross_entropy(logits_WV, part_W, reduction="none")
-            of_parts.append(-nats_W.double().cpu())
-            yield
-        found += torch.split(torch.cat(of_parts), [len(one.written) for one in pack])
+        waiting.append((pack, (yield from _launch(model, pack, tokens_at_once))))
+        if len(waiting) > _PASSES_AHEAD:
+            found += _terms(*waiting.popleft())
+    for one in waiting:
+        found += _terms(*one)
     return found
+
+
+def _launch(
+    model: ReverseGPT, pack: Sequence[Continuation], tokens_at_once: int
+) -> Steps[Arriving]:
+    """log P of each written id of a pack, in fp32: shape (W,)."""
+    hidden_WD = yield from _read(model, pack)
+    ids = [written_id for one in pack for written_id in one.written]
+    targets_W = sent(torch.tensor(ids, dtype=torch.long), hidden_WD.device)
+    nats = [hidden_WD.new_empty(0, dtype=torch.float32)]
+    for part_WD, part_W in zip(
+        torch.split(hidden_WD, tokens_at_once),
+        torch.split(targets_W, tokens_at_once),
+        strict=True,
+    ):
+        nats.append(model.lm_head(part_WD, part_W))  # in chunks, and in fp32
+        yield
+    return Arriving(torch.cat(nats))
+
+
+def _terms(pack: Sequence[Continuation], nats: Arriving) -> Sequence[Tensor]:
+    lengths = [len(one.written) for one in pack]
+    return torch.split(-nats.result().double(), lengths)
 
 
 @torch.inference_mode()
@@ -87,23 +119,35 @@ def next_log_probability_steps(
     ids: Sequence[int],
     tokens_at_once: int = _TOKENS_AT_ONCE,
 ) -> Steps[list[tuple[Tensor, Tensor]]]:
-    """Per continuation: log P of its written ids, shape (W,), and of C ids after each, (W, C).
+    """Per continuation: log P of its written ids, shape (W,), and of C ids after each, (W, C), on
+    the CPU.
 
     Row k, column c is log P(ids[c] | given and the first k + 1 written ids).
     """
     # One more id, whose value does not matter, so that the last written id is read.
     longer = [Continuation(one.given, [*one.written, 0]) for one in continuations]
     device = next(model.parameters()).device
-    chosen_C = torch.tensor(list(ids), dtype=torch.long, device=device)
-    found: list[tuple[Tensor, Tensor]] = []
+    chosen_C = sent(torch.tensor(list(ids), dtype=torch.long), device)
+    launched: list[tuple[list[Continuation], Arriving]] = []
     for pack in _packs(longer, tokens_at_once):
-        hidden_TD = yield from _read(model, pack)
-        parts = torch.split(hidden_TD, [len(one.written) for one in pack])
-        for one, part_TD in zip(pack, parts, strict=True):
-            logs_TV = model.lm_head(part_TD).float().log_softmax(-1)
-            written_W1 = torch.tensor(one.written[:-1], dtype=torch.long, device=device)[:, None]
-            found.append((logs_TV[:-1].gather(1, written_W1)[:, 0], logs_TV[1:, chosen_C]))
+        hidden_WD = yield from _read(model, pack)
+        written = [written_id for one in pack for written_id in one.written]
+        written_W1 = sent(torch.tensor(written, dtype=torch.long), device)[:, None]
+        logs = []
+        for part_WD, part_W1 in zip(
+            torch.split(hidden_WD, tokens_at_once),
+            torch.split(written_W1, tokens_at_once),
+            strict=True,
+        ):
+            logs_WV = model.lm_head(part_WD).float().log_softmax(-1)
+            of_written_W1 = logs_WV.gather(1, part_W1)
+            logs.append(torch.cat([of_written_W1, logs_WV.index_select(1, chosen_C)], dim=1))
             yield
+        launched.append((pack, Arriving(torch.cat(logs))))
+    found: list[tuple[Tensor, Tensor]] = []
+    for pack, arriving in launched:
+        parts = torch.split(arriving.result(), [len(one.written) for one in pack])
+        found += [(part_WS[:-1, 0], part_WS[1:, 1:]) for part_WS in parts]
     return found
 
 
@@ -140,9 +184,9 @@ def _read(model: ReverseGPT, pack: Sequence[Continuation]) -> Steps[Tensor]:
     # The last id of each is a target only.
     read = [[*one.given, *one.written][:-1] for one in pack]
     lengths = tuple(map(len, read))
-    ids_T = torch.tensor([i for ids in read for i in ids], dtype=torch.long, device=device)
+    ids_T = sent(torch.tensor([i for ids in read for i in ids], dtype=torch.long), device)
     # Made on the host: on the device, it would be a kernel for each text.
-    positions_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    positions_T = sent(torch.cat([torch.arange(length) for length in lengths]), device)
     segments = Segments.from_lengths(lengths, device)
     rotary = Rotary.at(positions_T, model.shape.head_dim, model.shape.rope_theta)
     hidden_TD: Tensor = model.model.embed_tokens(ids_T)

@@ -49,7 +49,7 @@ class Segments:
     @classmethod
     def from_lengths(cls, lengths: tuple[int, ...], device: torch.device) -> "Segments":
         edges = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(edges.to(device), lengths, max(lengths))
+        return cls(sent(edges, device), lengths, max(lengths))
 
     @cached_property
     def groups(self) -> SegmentGroups:

@@ -19,6 +19,7 @@ from data_pipeline.common.number_ranges import LAYERS
 from data_pipeline.common.regular_files import open_file
 from data_pipeline.errors import BackendError, CheckpointCorruptError, PromptError
 from megaback.inference.likelihood import Continuation, in_packs
+from megaback.model.sending import sent
 from megaback.run_folder import ADAPTER_NAME, MODEL_CONFIG_NAME
 from megaback.scoring.bounded_work import bounded_work
 from megaback.scoring.pairs import Pair
@@ -186,15 +187,16 @@ class HfScorer:
         longest = max(map(len, rows))
         ids_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
         mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        output = self._model(ids_BT.to(self._device), attention_mask=mask_BT.to(self._device))
+        output = self._model(sent(ids_BT, self._device), attention_mask=sent(mask_BT, self._device))
         sums = []
         for logits_TV, one in zip(output.logits, pack, strict=True):
             start = len(one.given) - 1
-            targets_W = torch.tensor(one.written, device=self._device)
+            targets_W = sent(torch.tensor(one.written), self._device)
             logits_WV = logits_TV[start : start + len(one.written)].float()
             nats_W = F.cross_entropy(logits_WV, targets_W, reduction="none").double()
-            sums.append(-float(nats_W.sum()))
-        return sums
+            sums.append(-nats_W.sum())
+        found: list[float] = torch.stack(sums).tolist()
+        return found
 
     def _text(self, text: str) -> list[int]:
         encoded = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from data_pipeline.loading.rows import IGNORED_TARGET, Batch
 from megaback.distributed.world import World, attempt
 from megaback.model.attention import Segments, padded_boundaries
 from megaback.model.compiler import compile_for_any_length
-from megaback.model.sending import sent
+from megaback.model.sending import Arriving, sent
 from megaback.tracking.loss_by_context import ContextLoss, bucket_of, num_buckets
+from megaback.training.device_batches import DeviceBatches
 
 
 def to_device(
@@ -65,6 +67,15 @@ def agreed_batches(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
         yield used
 
 
+def _with_following(batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Batch]]]:
+    """Each batch, with the one after it if there is one."""
+    batch = next(batches, None)
+    while batch is not None:
+        following = next(batches, None)
+        yield batch, [] if following is None else [following]
+        batch = following
+
+
 @torch.no_grad()
 def evaluate(
     engine: Any,
@@ -83,16 +94,29 @@ def evaluate(
     """
     engine.eval()
     sums_3B = np.zeros((3, num_buckets(context_tokens)))
-    on_batch()
-    for batch in agreed_batches(batches, world):
-        on_batch()
-        inputs = to_device(batch, world.device, context_tokens)
-        with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
-            nats_T = engine(*inputs).double().cpu().numpy()
+
+    def add(batch: Batch, nats: Arriving) -> None:
+        nats_T = nats.result().double().numpy()
         is_target_T = batch.targets_T != IGNORED_TARGET
         bucket_N = bucket_of(batch.positions_T[is_target_T] + 1)
         bytes_N = piece_num_bytes[batch.targets_T[is_target_T]]
         for sums_B, of_each_N in zip(sums_3B, (nats_T[is_target_T], None, bytes_N), strict=True):
             sums_B += np.bincount(bucket_N, of_each_N, len(sums_B))
+
+    sending = DeviceBatches(
+        world.device, partial(to_device, device=world.device, context_tokens=context_tokens)
+    )
+    before: tuple[Batch, Arriving] | None = None
+    on_batch()
+    for batch, following in _with_following(agreed_batches(batches, world)):
+        on_batch()
+        for _, inputs in sending.take([batch], following):
+            with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+                nats = Arriving(engine(*inputs))
+        if before is not None:  # while this batch computes and the next one is copied
+            add(*before)
+        before = batch, nats
+    if before is not None:
+        add(*before)
     engine.train()
     return ContextLoss.of_sums(np.array(world.sum(*sums_3B.ravel())).reshape(sums_3B.shape))

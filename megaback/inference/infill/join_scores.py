@@ -85,8 +85,8 @@ def score_half_steps(
     continuations = [Continuation(prompt, half.ids) for half in halves]
     found = yield from next_log_probability_steps(model, continuations, ids, TOKENS_AT_ONCE)
     for number, (own_W, next_WC) in enumerate(found):
-        own_IA[number, : len(own_W)] = own_W.double().cpu().numpy().cumsum()
-        next_IAC[number, : len(own_W)] = next_WC.cpu().numpy()
+        own_IA[number, : len(own_W)] = own_W.double().numpy().cumsum()
+        next_IAC[number, : len(own_W)] = next_WC.numpy()
     del found
     column_JB = np.zeros((len(others), longest_other), dtype=np.int64)
     rest_JB = np.zeros((len(others), longest_other))
@@ -97,7 +97,7 @@ def score_half_steps(
     for number, (half, logs_W) in enumerate(zip(others, logs, strict=True)):
         column_JB[number, : len(half.ids)] = [column[one] for one in half.ids]
         # The rest after each id, the last one first.
-        last_first_W: Floats = logs_W.double().cpu().numpy()[::-1]
+        last_first_W: Floats = logs_W.numpy()[::-1]
         remaining_W = np.concatenate([[0.0], last_first_W.cumsum()])[len(after) : -1]
         rest_JB[number, : len(half.ids)] = remaining_W
     return JoinScores(

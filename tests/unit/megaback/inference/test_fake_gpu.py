@@ -6,18 +6,26 @@ Now it takes 290, 0 and 1, and 299, 0 and 2, and as graphs (test_step_graphs.py)
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from megaback.inference.batch import ContinuousBatch, Sample, Step
 from megaback.inference.decoder import Decoder
+from megaback.inference.device_pool import DevicePool
 from megaback.inference.generate import sample_many
-from megaback.inference.likelihood import Continuation, log_probabilities
+from megaback.inference.infill.join_scores import Half, score_half_steps
+from megaback.inference.likelihood import (
+    Continuation,
+    log_probabilities,
+    log_probability_steps,
+)
 from megaback.inference.sampling import SamplingOptions
+from megaback.inference.steps import finish
 from tests.helpers.decoding import CODEC, CONTEXT_TOKENS, decoder, prompt_of, written
 from tests.helpers.device_traffic import Traffic
-from tests.helpers.fake_gpu import counted, moved, on_fake_gpu
+from tests.helpers.fake_gpu import counted, gpu, moved, on_fake_gpu
 from tests.helpers.small_models import make_model
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]
@@ -141,7 +149,58 @@ def test_samples_and_scores_are_those_of_the_cpu() -> None:
     assert scores == pytest.approx(expected_scores, abs=1e-5)
     # Of the whole pack: its ids, positions, segments and targets, and the result.
     assert len(traffic.to_device) == 4 + 2, traffic  # two are of sdpa's groups
-    assert len(traffic.to_host) == 1, traffic
+    assert len(traffic.to_host) == len(traffic.syncs) == 1, traffic
+
+
+CONTINUATIONS = [
+    Continuation([5 + at, 6], [20 + at % 7 + place for place in range(1 + at % 5)])
+    for at in range(24)
+]
+
+
+@on_fake_gpu
+def test_a_pass_is_waited_for_while_the_next_one_computes() -> None:
+    model = moved(make_model())
+    expected = log_probabilities(make_model(), CONTINUATIONS)
+
+    with counted() as traffic:
+        found = finish(log_probability_steps(model, CONTINUATIONS, tokens_at_once=16))
+
+    assert found == pytest.approx(expected, abs=1e-5)
+    passes = len(traffic.to_host)
+    assert passes > 5, traffic
+    assert len(traffic.syncs) == passes, traffic
+    assert all("in result, megaback/model/sending.py" in sync for sync in traffic.syncs), traffic
+
+
+@on_fake_gpu
+def test_a_pool_of_one_device_waits_once_per_batch_and_returns_them_in_order() -> None:
+    model = moved(make_model())
+    expected = log_probabilities(make_model(), CONTINUATIONS)
+    batches = [CONTINUATIONS[start : start + 6] for start in range(0, 24, 6)]
+
+    with counted() as traffic, DevicePool(Path(), [gpu()], torch.float32, model) as pool:
+        running = [pool.submit(batch) for batch in batches]
+        assert len(traffic.syncs) == 2, traffic  # the last two are still computing
+        found = [pool.result(future) for future in running]
+
+    assert [one for batch in found for one in batch] == pytest.approx(expected, abs=1e-5)
+    assert len(traffic.syncs) == len(batches), traffic
+
+
+@on_fake_gpu
+def test_the_tables_of_an_infill_are_waited_for_once_per_pass() -> None:
+    halves = [Half((20 + at, 21, 22 + at)) for at in range(6)]
+    expected = finish(score_half_steps(make_model(), [5, 6], halves, [7, 8], halves))
+
+    model = moved(make_model())
+    with counted() as traffic:
+        found = finish(score_half_steps(model, [5, 6], halves, [7, 8], halves))
+
+    assert found.next_IAC == pytest.approx(expected.next_IAC, abs=1e-5)
+    assert found.own_IA == pytest.approx(expected.own_IA, abs=1e-5)
+    assert found.rest_JB == pytest.approx(expected.rest_JB, abs=1e-5)
+    assert len(traffic.syncs) == 2, traffic  # of its own halves, and of the others
 
 
 @on_fake_gpu

@@ -104,7 +104,7 @@ def test_on_a_cpu_a_batch_is_converted_when_it_is_due() -> None:
 
 
 @on_fake_gpu
-def test_validation_is_that_of_the_cpu_with_one_wait_per_batch() -> None:
+def test_validation_is_that_of_the_cpu_and_waits_for_a_batch_while_the_next_one_computes() -> None:
     def measured(model: torch.nn.Module, device: torch.device) -> float:
         sizes, batches = np.ones(VOCAB_SIZE, dtype=np.int64), [batch(seed) for seed in range(3)]
         world = world_on(device)
@@ -112,8 +112,12 @@ def test_validation_is_that_of_the_cpu_with_one_wait_per_batch() -> None:
         return found.whole.nats_per_token
 
     expected, model = measured(make_model(), CPU), moved(make_model())
+    waits: list[int] = []
     with counted() as traffic:
+        model.register_forward_pre_hook(lambda *_: waits.append(len(traffic.syncs)))
         found = measured(model, gpu())
 
     assert found == pytest.approx(expected, abs=1e-5)
     assert len(traffic.to_host) == len(traffic.syncs) == 3, traffic
+    assert all("in result, megaback/model/sending.py" in sync for sync in traffic.syncs), traffic
+    assert waits == [0, 0, 1]
