@@ -30,8 +30,11 @@ PIP_LOCKED := $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 HASHES ?= no
 FUZZ_SECONDS ?= 60
 UV_VERSION := 0.13.9
+# make wheelhouse: the Python that it is for, and extras of megaback to add
+PYTHON_VERSION ?= 3.12
+EXTRAS ?=
 
-.PHONY: demo test gpu-test fuzz fuzz-properties flash-test lint format reference docs lock clean help
+.PHONY: demo test gpu-test fuzz fuzz-properties flash-test lint format reference docs lock wheelhouse clean help
 
 help:
 	@echo "make demo        text to shards to training to a backward sample, in minutes"
@@ -49,6 +52,8 @@ help:
 	@echo "make reference   regenerate docs/reference/ after a change of help, config or API"
 	@echo "make docs        the documentation site, in build/site"
 	@echo "make lock        regenerate the hashes in requirements/ after a change of constraints.txt"
+	@echo "make wheelhouse  wheels to install megaback without a network beside a torch, in"
+	@echo "                 $(WHEELHOUSE); WHEELHOUSE=DIR, PYTHON_VERSION=3.12, EXTRAS=wandb,gguf"
 	@echo "make clean       remove the demo's output"
 
 $(INSTALLED): setup.py constraints.txt $(if $(filter yes,$(HASHES)),$(wildcard $(LOCKS)/*.txt))
@@ -142,6 +147,9 @@ flash-test:
 lock: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/python $(LOCKS)/lock.py
+
+wheelhouse: $(INSTALLED)
+	$(BIN)/python $(LOCKS)/wheelhouse.py --out "$(WHEELHOUSE)" --python-version "$(PYTHON_VERSION)" --extras "$(EXTRAS)"
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

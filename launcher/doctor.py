@@ -11,6 +11,7 @@ import click
 
 from data_pipeline.common.command import Command, examples
 from data_pipeline.common.next_command import command, show_next
+from data_pipeline.common.packages import SOURCE_PACKAGES
 from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import echo, print_table
 from launcher.machine import Machine, examine
@@ -60,13 +61,7 @@ def _parts(machine: Machine) -> Iterator[Line]:
         is_needed=True,
     )
     yield _megaback_line(machine)
-    yield Line(
-        "packages",
-        "no" if machine.unmet else "yes",
-        "; ".join(machine.unmet) or "all required ones",
-        _INSTALL if machine.unmet else "",
-        is_needed=True,
-    )
+    yield _packages_line(machine)
     if "torch" in torch:
         build = f"for CUDA {torch['cuda_build']}" if torch["cuda_build"] else "for CPUs only"
         yield Line("torch", "yes", f"{torch['torch']}, built {build}", is_needed=True)
@@ -98,6 +93,16 @@ def _parts(machine: Machine) -> Iterator[Line]:
         is_needed=True,
     )
     yield from _limits(machine)
+
+
+def _packages_line(machine: Machine) -> Line:
+    unread = [f"{name} is missing: no {SOURCE_PACKAGES[name]}" for name in machine.unread]
+    text = "; ".join((*machine.unmet, *unread)) or "all required ones"
+    if machine.unmet:
+        return Line("packages", "no", text, _INSTALL, is_needed=True)
+    if unread:
+        return Line("packages", "note", text, f"pip install {' '.join(machine.unread)}")
+    return Line("packages", "yes", text, is_needed=True)
 
 
 def _megaback_line(machine: Machine) -> Line:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.import_path import module_command
+from data_pipeline.common.packages import SOURCE_PACKAGES, is_installed
 from megaback import __version__
 from megaback.distributed.visible_devices import count_devices
 from megaback.installation import ROOT, hidden_by, sharing_distributions
@@ -55,6 +56,8 @@ class Machine:
     driver: str | None
     unmet: tuple[str, ...]
     """Required packages that are missing or of another version, with the reason."""
+    unread: tuple[str, ...]
+    """Missing packages that only some sources need."""
     programs: tuple[str, ...]
     """Programs on the PATH, of those that megaback can use."""
     partitions: tuple[str, ...]
@@ -89,6 +92,7 @@ def examine(folder: Path) -> Machine:
         num_gpus=count_devices(),
         driver=_driver(),
         unmet=tuple(_unmet_requirements()),
+        unread=tuple(name for name in SOURCE_PACKAGES if not is_installed(name)),
         programs=tuple(
             name for name in ("cc", "ssh", "pdsh", "sbatch", "srun") if shutil.which(name)
         ),
@@ -121,7 +125,8 @@ def _unmet_requirements() -> list[str]:
         try:
             found = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            unmet.append(f"{requirement.name} is missing")
+            if requirement.name not in SOURCE_PACKAGES:
+                unmet.append(f"{requirement.name} is missing")
             continue
         if not requirement.specifier.contains(found, prereleases=True):
             unmet.append(f"{requirement.name} is {found}, but {requirement.specifier} is needed")

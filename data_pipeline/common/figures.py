@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.common.output_paths import MAKER, writing_output
-from data_pipeline.errors import BackendError
+from data_pipeline.common.packages import require_package
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,13 +20,7 @@ def require_matplotlib(what: str, otherwise: str = "") -> None:
 
     `otherwise`: an alternative, appended to the message.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise BackendError(
-            f"{what} needs matplotlib, which is not installed; "
-            f"install it with `pip install 'megaback[plot]'`{otherwise}"
-        ) from None
+    require_package("matplotlib", what, "'megaback[plot]'", otherwise)
 
 
 def new_figure(width_inches: float, height_inches: float) -> "Figure":

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_pipeline.common.packages import require_package
 from data_pipeline.common.shown_names import shown_names
 from data_pipeline.errors import (
     BadRecordError,
@@ -144,6 +145,7 @@ def _records(
 
 def _builder(path: str) -> Any:
     """DatasetBuilder of a data set. Raises SourceMissingError, SourceUnreadableError."""
+    require_package("datasets", f"hf:{path}")
     import datasets
 
     # The library would import torch to detect worker processes, which do not exist here.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.common.packages import require_package
 from data_pipeline.common.shown_names import shown_names
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
 from data_pipeline.sources.columns import ExampleColumns
@@ -259,7 +260,11 @@ class _Rows:
 
 
 def _open(file: DataFile) -> tuple[Any, Any, list[str]]:
-    """The opened file, its schema and the paths of its leaves. Raises SourceUnreadableError."""
+    """The opened file, its schema and the paths of its leaves.
+
+    Raises SourceUnreadableError, and BackendError without pyarrow.
+    """
+    require_package("pyarrow", file.shown)
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 

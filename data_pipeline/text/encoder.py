@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.common.packages import is_installed
+
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 _SPACE_SYMBOL = "\u2581"
@@ -269,7 +271,7 @@ def fastest_encoder(model_bytes: bytes, processor: Any, id_dtype: np.dtype[Any])
     expected = processor.encode([*as_segments, *probes], num_threads=1)
     if not _gives(alone, [*as_segments, *probes], expected):
         return reference
-    if any(map(_WORD_THEN_SPACE.search, texts)) or " " not in texts:
+    if any(map(_WORD_THEN_SPACE.search, texts)) or " " not in texts or not is_installed("pyarrow"):
         return alone
     by_words = WordEncoder(alone, texts, id_dtype, always_by_words=True)
     if not _gives(by_words, probes, expected[len(as_segments) :]):

@@ -5,9 +5,9 @@ step is logged twice. A tracker that fails is dropped, and training continues.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from importlib.util import find_spec
 from typing import Any
 
+from data_pipeline.common.packages import is_installed
 from data_pipeline.errors import BackendError
 from data_pipeline.redaction import scrub
 from megaback.config import Config
@@ -84,12 +84,7 @@ def require_installed(config: Config) -> None:
 
 
 def _is_installed(name: str) -> bool:
-    try:
-        return find_spec(_A_MODULE_OF[name]) is not None
-    except ModuleNotFoundError:
-        return False
-    except ValueError:  # it is loaded, but without a spec
-        return True
+    return is_installed(_A_MODULE_OF[name])
 
 
 def _start_wandb(config: Config, last_step: int) -> Tracker | None:

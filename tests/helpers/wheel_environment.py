@@ -1,18 +1,15 @@
 """A virtual environment with megaback installed from a wheel, and folders of hostile packages."""
 
-import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
 from data_pipeline.common.locks import locked
-from tests.helpers.paths import ROOT
+from requirements.wheelhouse import own_wheel
 
 OWN_PACKAGES = ("data_pipeline", "launcher", "tools")
 TRAP = "raise SystemExit('the working directory was imported')\n"
-_FOLDERS = ("megaback", *OWN_PACKAGES, "configs", "slurm")
-_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 _PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 
@@ -21,21 +18,9 @@ def wheel_environment(folder: Path) -> Path:
     root = folder / "environment"
     with locked(folder / "lock"):
         if not (folder / "is_whole").exists():
-            _install(_build(folder), root)
+            _install(own_wheel(folder), root)
             (folder / "is_whole").touch()
     return root
-
-
-def _build(folder: Path) -> Path:
-    source = folder / "source"  # a build in the checkout would pack modules of earlier builds
-    for name in _FOLDERS:
-        shutil.copytree(ROOT / name, source / name)
-    for name in _FILES:
-        shutil.copy(ROOT / name, source / name)
-    words = ("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, source)
-    subprocess.run([*_PIP, *words], check=True, capture_output=True, timeout=120)
-    (wheel,) = folder.glob("*.whl")
-    return wheel
 
 
 def _install(wheel: Path, root: Path) -> None:

@@ -59,6 +59,7 @@ LAPTOP = Machine(
     num_gpus=0,
     driver=None,
     unmet=(),
+    unread=(),
     programs=("cc", "ssh"),
     partitions=(),
     torch=CPU_TORCH,
@@ -154,6 +155,15 @@ def test_an_unreachable_slurm_does_not_make_a_machine_unready() -> None:
 
     assert line(machine, "Slurm").text == "sinfo: fatal: no source"
     assert line(machine, "train on a Slurm cluster").state == "no"
+    assert is_ready(explain(machine))
+
+
+def test_missing_packages_of_sources_are_a_note() -> None:
+    machine = replace(LAPTOP, unread=("datasets", "pyarrow"))
+    found = line(machine, "packages")
+
+    assert (found.state, found.fix) == ("note", "pip install datasets pyarrow")
+    assert "pyarrow is missing: no parquet files" in found.text
     assert is_ready(explain(machine))
 
 

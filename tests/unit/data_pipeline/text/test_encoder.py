@@ -264,6 +264,14 @@ def _model_with(changed: str) -> bytes:
     return train([*ENGLISH, *CODE], **ast.literal_eval(changed))
 
 
+def test_without_pyarrow_ids_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder, "is_installed", lambda name: name != "pyarrow")
+    model_bytes = model_of("english")
+    chosen = fastest_encoder(model_bytes, processor_of(model_bytes), ID_DTYPE)
+    assert isinstance(chosen, KitokenEncoder)
+    assert ids_by(chosen, ENGLISH) == reference_ids(model_bytes, ENGLISH)
+
+
 def test_without_kitoken_sentencepiece_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder, "_KITOKEN", None)
     model_bytes = model_of("english")
