@@ -33,6 +33,7 @@ from megaback.model.attention import Segments
 from megaback.model.compiler import GraphCounter
 from megaback.model.gpt import ReverseGPT
 from megaback.planning.flops import flops_per_token
+from megaback.profiling.parts import part_of
 
 VOCAB_SIZE = 8_888
 CONTEXT_TOKENS = 512
@@ -165,17 +166,6 @@ def serve(kind: str, size: Size, precision: str, turn_steps: int) -> None:
     end_rank()
 
 
-_PARTS = (
-    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn", "aten::linear")),
-    ("attention", ("scaled_dot_product",)),
-    ("loss", ("log_softmax", "nll_loss", "cross_entropy")),
-    ("optimizer", ("adamw", "aten::_foreach", "lerp", "clip", "norm")),
-    ("ranks", ("gloo", "c10d", "allreduce", "all_reduce", "allgather")),
-    ("compiled elementwise", ("graph_", "cpp_fused", "CompiledFunction", "Torch-Compiled")),
-    ("copies and casts", ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_")),
-)
-
-
 def profile_of(step: Step, steps: int) -> dict[str, float]:
     """Share of self time by operator."""
     from torch.profiler import ProfilerActivity, profile
@@ -185,10 +175,7 @@ def profile_of(step: Step, steps: int) -> dict[str, float]:
             step()
     found: Counter[str] = Counter()
     for event in profiler.key_averages():
-        part = next(
-            (name for name, words in _PARTS if any(word in event.key for word in words)), "other"
-        )
-        found[part] += event.self_cpu_time_total
+        found[part_of(event.key)] += event.self_cpu_time_total
     total = sum(found.values())
     return {name: share / total for name, share in found.most_common()}
 

@@ -23,6 +23,7 @@ _Commands = dict[str, tuple[str, str]]
 _COMMANDS: _Commands = {
     "plan": ("launcher.plan", "Estimate a run's memory, time, network and disk."),
     "rehearse": ("launcher.rehearse", "Rehearse single ranks of a large run on this machine."),
+    "profile": ("launcher.profile", "Profile training steps: time by part, trace, memory."),
     "submit": ("launcher.slurm.submit", "Check a run, and submit it to a Slurm cluster."),
     "jobs": ("launcher.slurm.jobs", "Show runs, their Slurm jobs, and their progress."),
     "train": ("launcher.train", "Train on this machine or on several, through DeepSpeed."),

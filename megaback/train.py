@@ -5,6 +5,7 @@ records in the run's folder.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds
@@ -50,9 +51,12 @@ from megaback.installation import HIDDEN, is_whole
 from megaback.run_folder import COLLECTIVES_FOLDER
 from megaback.training.memory_state import record_memory_history, write_memory_state
 from megaback.training.out_of_memory import device_memory_error
+from megaback.training.run import Run
 from megaback.training.setup import prepare_run
 from megaback.training.start import AlreadyTrained
 from megaback.training.trainer import Trainer
+
+TrainerMaker = Callable[[Run, World, StopRequest], Trainer]
 
 _CONSOLE_TIMEOUT_S = 3.0
 """Maximum time that a step blocks on console output, in seconds; then the line is dropped."""
@@ -64,6 +68,7 @@ def train_run(
     stop: StopRequest,
     watchdog: Watchdog,
     config_path: Path | None = None,
+    make_trainer: TrainerMaker = Trainer,
 ) -> None:
     """Train a run, whose config is from `config_path`, to its end.
 
@@ -79,7 +84,7 @@ def train_run(
             return
         if config.training.memory_history:
             record_memory_history(world.device)
-        trainer = Trainer(prepared, world, stop)
+        trainer = make_trainer(prepared, world, stop)
         try:
             reason = trainer.train()
         finally:
@@ -93,17 +98,18 @@ def train_run(
     watchdog.mark_exited(reason)
 
 
-def _train_as_rank(
+def train_as_rank(
     config: Config,
     world: World,
     stop: StopRequest,
     config_path: Path,
     start_id: str | None = None,
+    make_trainer: TrainerMaker = Trainer,
 ) -> int:
     """Train, and record in the run's folder how it ended. Returns the exit code."""
     watchdog = Watchdog(config.run, config.hardware, world, start_id)
     try:
-        train_run(config, world, stop, watchdog, config_path)
+        train_run(config, world, stop, watchdog, config_path, make_trainer)
     except CollectiveExit as ending:
         reason = ending.error
         if reason is not None and watchdog.is_open:  # otherwise an earlier start's record stays
@@ -171,7 +177,7 @@ def main(
             use_deterministic_algorithms(settings.hardware.device)
         use_flight_recorder(settings.run.resolve() / COLLECTIVES_FOLDER)
         world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)
-    end_rank(_train_as_rank(settings, world, stop, config, start_id))
+    end_rank(train_as_rank(settings, world, stop, config, start_id))
 
 
 if __name__ == "__main__":

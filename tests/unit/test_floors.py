@@ -38,6 +38,7 @@ FLOORS = [
     ["megaback.scoring", "megaback.training"],
     ["megaback.rehearsal"],
     ["megaback.train"],
+    ["megaback.profiling"],
     ["megaback.cli"],
     ["megaback.__main__"],
     ["launcher"],
