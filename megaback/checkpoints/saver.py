@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
-import torch
 from torch import Tensor
 
 from data_pipeline.common.atomic import partial_file, replacing, write_text
@@ -20,6 +19,7 @@ from data_pipeline.common.own_files import remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, StorageError
 from data_pipeline.shards.manifest import TOKENIZER_NAME
 from megaback.checkpoints.checkpoint import CheckpointMeta, complete, read_meta, verify_together
+from megaback.checkpoints.host_copy import HostCopy
 from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash, write_tensors
 from megaback.checkpoints.saved_runs import WEIGHT, part_names
 from megaback.config import CheckpointSection
@@ -54,7 +54,7 @@ class CheckpointSaver:
         self._tokenizer = tokenizer
         self._section = section
         self._world, self._fence = world, fence
-        self._host: dict[str, Tensor] = {}
+        self._host: HostCopy | None = None
         self._open: _Writing | None = None
         self._completed: Path | None = None
 
@@ -96,8 +96,8 @@ class CheckpointSaver:
             return  # otherwise it is written again
         self._fence.check()
         world.run_collectively(_make_empty, target, world)
-        self._copy(state)
-        self._open = _Writing(target, meta, self._host, world.rank, self._fence, is_best=is_best)
+        copy = self._copied(state)
+        self._open = _Writing(target, meta, copy, world.rank, self._fence, is_best=is_best)
         self._open.start()
         if not self._section.background:
             self.finish()
@@ -131,16 +131,14 @@ class CheckpointSaver:
             write_text(target.parent / BEST_NAME, target.name + "\n", publish)
         rotate(self._folder, self._section, self._fence)
 
-    def _copy(self, state: Mapping[str, Tensor]) -> None:
-        if self._host.keys() != state.keys():
-            self._host = {
-                key: torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
-                for key, view in state.items()
-            }
-        for key, view in state.items():
-            self._host[key].copy_(view, non_blocking=True)
-        if any(view.is_cuda for view in state.values()):
-            torch.cuda.synchronize()
+    def _copied(self, state: Mapping[str, Tensor]) -> HostCopy:
+        if self._host is None or self._host.keys() != state.keys():
+            if self._host is not None:
+                self._host.release()
+                self._host = None  # before the next one is allocated
+            self._host = HostCopy(state)
+        self._host.fill(state)
+        return self._host
 
 
 class _Writing(Thread):

@@ -369,6 +369,11 @@ def fake_capture() -> FakeCapture:
     return FakeCapture(_current().record)
 
 
+def pinned(tensor: Tensor) -> Tensor:
+    """The same host memory, page-locked for the fake GPU."""
+    return _current()._in_pinned_memory(tensor)
+
+
 def gpu() -> torch.device:
     """The fake device, in a test of it."""
     _current()
