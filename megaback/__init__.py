@@ -9,6 +9,7 @@ from megaback import own_process
 if own_process.is_own_process():
     own_process.put_packages_first()
     own_process.end_at_ctrl_c()
+    own_process.skip_collections_at_exit()
 
 import importlib
 from typing import TYPE_CHECKING
