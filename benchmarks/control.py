@@ -20,7 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
-import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401 - imported once, before ranks are forked
 import torch
 import torch.distributed as dist
 from smoke import Benchmark
@@ -162,6 +161,9 @@ def main(
     shards: str, processes: int, latency_ms: float, compute_ms: str, block_steps: int, stage: int
 ) -> None:
     """Print the time of a step and the time that it is blocked by control messages."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401 - once, before the ranks are forked
+
     times_ms = [float(word) for word in compute_ms.split(",")]
     for delays_gradients in (False, True):
         click.echo("gradients are delayed too" if delays_gradients else "only control is delayed")

@@ -29,7 +29,7 @@ from megaback.tracking.metrics import MACHINE_FIELDS
 _DAMAGE_SHARE = 0.1
 
 
-def config_of(shards: str, steps: int, stage: int) -> dict[str, Any]:
+def config_of(shards: str, steps: int, stage: int, processes: int) -> dict[str, Any]:
     """A tiny run that saves and validates often."""
     return {
         "run": "run",
@@ -41,7 +41,7 @@ def config_of(shards: str, steps: int, stage: int) -> dict[str, Any]:
         "zero": {"stage": stage},
         "hardware": {
             "device": "cpu",
-            "processes": 2,
+            "processes": processes,
             "heartbeat_s": 1,
             "step_timeout_s": 20,
             "collective_timeout_s": 60,
@@ -95,23 +95,26 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
     ]
 
 
-@click.command(cls=Benchmark, smoke="{shards} --cycles 1 --max-s 6")
+@click.command(cls=Benchmark, smoke="{shards} --cycles 1 --max-s 6 --processes 1")
 @click.argument("shards")
 @click.option("--cycles", default=100, show_default=True, help="Number of interruptions.")
 @click.option(
     "--steps", default=20_000, show_default=True, help="Steps of the run; more than it reaches."
 )
+@click.option("--processes", default=2, show_default=True, help="Number of processes.")
 @click.option("--stage", default=2, show_default=True, help="ZeRO stage.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random number generator.")
 @click.option(
     "--max-s", default=11.0, show_default=True, help="Maximum seconds until a cycle is disturbed."
 )
-def main(shards: str, cycles: int, steps: int, stage: int, seed: int, max_s: float) -> None:
+def main(
+    shards: str, cycles: int, steps: int, processes: int, stage: int, seed: int, max_s: float
+) -> None:
     """Disturb a run, then compare it with an undisturbed one."""
     dice = random.Random(seed)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(config_of(shards, steps, stage)))
+    config.write_text(yaml.safe_dump(config_of(shards, steps, stage, processes)))
     run, done = folder / "disturbed", Counter[str]()
     codes: Counter[int] = Counter()
     started = time.monotonic()

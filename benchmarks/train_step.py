@@ -9,16 +9,16 @@ layers, width 384) on packed documents of uneven lengths. Then: model FLOPs util
 this CPU's measured peak of matrix products in the same precision, and a profile of our step.
 """
 
-import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from typing import Any
 
 import click
@@ -27,7 +27,7 @@ from smoke import Benchmark
 from torch import Tensor
 
 from data_pipeline.loading.rows import IGNORED_TARGET
-from launcher.ranks.local import rank_environment
+from launcher.ranks.local import rank_names
 from megaback.config import Config
 from megaback.model.attention import Segments
 from megaback.model.compiler import GraphCounter
@@ -58,8 +58,13 @@ class Size:
     width: int
     rows: int
 
-    def words(self) -> list[str]:
-        return [f"--layers={self.layers}", f"--width={self.width}", f"--rows={self.rows}"]
+
+@dataclass(frozen=True)
+class Measure:
+    """Precision and steps of a measurement."""
+
+    precision: str
+    turn_steps: int
 
 
 def config_of(kind: str, size: Size, ranks: int, precision: str) -> Config:
@@ -140,30 +145,48 @@ def our_step(config: Config, rank: int) -> Step:
     return step
 
 
-def serve(kind: str, size: Size, precision: str, turn_steps: int) -> None:
-    """A rank of a contender: for each line read, runs some steps and prints the CPU time of one."""
-    from megaback.distributed.world import end_rank, start_world
+def serve(
+    environment: dict[str, str],
+    parent: Connection,
+    contender: Contender,
+    size: Size,
+    measure: Measure,
+) -> None:
+    """A rank of a contender; sends its answers, or the traceback with which it ends."""
+    os.environ |= environment
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    try:
+        answer(parent, contender, size, measure)
+    except BaseException:  # noqa: BLE001 - is printed by the other process
+        parent.send(traceback.format_exc())
+    os._exit(0)
+
+
+def answer(parent: Connection, contender: Contender, size: Size, measure: Measure) -> None:
+    """For each word received, run some steps and send the CPU time of one, or the profile."""
+    from megaback.distributed.world import start_world
 
     torch.set_num_threads(1)
     world = start_world("cpu", 600)
-    config = config_of(kind, size, world.size, precision)
+    config = config_of(contender.kind, size, world.size, measure.precision)
     step = (
         plain_step(config, world.rank, world.size)
-        if kind == "plain"
+        if contender.kind == "plain"
         else our_step(config, world.rank)
     )
     for _ in range(3):
         step()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        if line.strip() == "profile":
-            print(json.dumps(profile_of(step, turn_steps)), flush=True)
+    parent.send("ready")
+    while True:
+        if parent.recv() == "profile":
+            parent.send(profile_of(step, measure.turn_steps))
             continue
         started = time.process_time()
-        for _ in range(turn_steps):
+        for _ in range(measure.turn_steps):
             step()
-        print(json.dumps((time.process_time() - started) / turn_steps), flush=True)
-    end_rank()
+        parent.send((time.process_time() - started) / measure.turn_steps)
 
 
 def profile_of(step: Step, steps: int) -> dict[str, float]:
@@ -181,54 +204,47 @@ def profile_of(step: Step, steps: int) -> dict[str, float]:
 
 
 class Ranks:
-    """The processes of a contender."""
+    """The processes of a contender: forks, which need not import torch and DeepSpeed again."""
 
-    def __init__(self, contender: Contender, words: list[str]) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        common = {
-            **rank_environment(1),
-            "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": str(contender.ranks),
-            "LOCAL_SIZE": str(contender.ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+    def __init__(self, contender: Contender, size: Size, measure: Measure) -> None:
         self._ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--serve", contender.kind, *words],
-                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-            for rank in range(contender.ranks)
+            self._start(names, contender, size, measure) for names in rank_names(contender.ranks)
         ]
-        for rank in self._ranks:
-            self._read(rank, "ready")
+        for _, rank in self._ranks:
+            self._answer(rank)
 
     def ask(self, what: str) -> list[Any]:
         """Answers of all ranks."""
-        for rank in self._ranks:
-            assert rank.stdin is not None
-            rank.stdin.write(what + "\n")
-            rank.stdin.flush()
-        return [json.loads(self._read(rank, "")) for rank in self._ranks]
+        for _, rank in self._ranks:
+            rank.send(what)
+        return [self._answer(rank) for _, rank in self._ranks]
 
     def close(self) -> None:
-        for rank in self._ranks:
-            rank.kill()
-            rank.wait()
+        for process, _ in self._ranks:
+            process.kill()
+            process.join()
 
     @staticmethod
-    def _read(rank: "subprocess.Popen[str]", expected: str) -> str:
-        assert rank.stdout is not None
-        for line in rank.stdout:
-            if line.strip() == expected or (not expected and line[:1] in "0123456789{"):
-                return line
-        raise SystemExit("a rank ended; run it with --serve to see why")
+    def _start(
+        names: dict[str, str], contender: Contender, size: Size, measure: Measure
+    ) -> tuple[ForkProcess, Connection]:
+        ours, theirs = Pipe()
+        environment = {"OMP_NUM_THREADS": "1", **names}
+        arguments = (environment, theirs, contender, size, measure)
+        process = get_context("fork").Process(target=serve, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours
+
+    @staticmethod
+    def _answer(rank: Connection) -> Any:
+        try:
+            answer = rank.recv()
+        except EOFError:
+            raise SystemExit("a rank was killed") from None
+        if isinstance(answer, str) and answer != "ready":
+            raise SystemExit(answer)
+        return answer
 
 
 def peak_flops(dtype: torch.dtype) -> float:
@@ -255,22 +271,10 @@ def peak_flops(dtype: torch.dtype) -> float:
     "--turns", default=5, show_default=True, help="Turns per contender; medians are printed."
 )
 @click.option("--turn-steps", default=2, show_default=True, help="Steps per turn.")
-@click.option("--serve", "served", hidden=True)
-def main(
-    layers: int,
-    width: int,
-    rows: int,
-    precision: str,
-    turns: int,
-    turn_steps: int,
-    served: str | None,
-) -> None:
+def main(layers: int, width: int, rows: int, precision: str, turns: int, turn_steps: int) -> None:
     """Print CPU time per step of every contender and its ratio, then a profile of ours."""
     size = Size(layers, width, rows)
-    if served is not None:
-        serve(served, size, precision, turn_steps)
-        return
-    words = [*size.words(), "--precision", precision, "--turn-steps", str(turn_steps)]
+    measure = Measure(precision, turn_steps)
     peak = peak_flops(torch.bfloat16 if precision == "bf16" else torch.float32)
     model = ReverseGPT(config_of("plain", size, 1, precision).model.resolved(), VOCAB_SIZE)
     # Each token attends to half of its document, itself included.
@@ -281,9 +285,12 @@ def main(
         f"{precision}; torch {torch.__version__}, {os.cpu_count()} cores; matrix products reach "
         f"{peak / 1e9:.0f} GFLOP/s per thread"
     )
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.runtime.zero.stage3  # noqa: F401 - once, before the ranks are forked
+
     for ranks in (1, 2):
         kinds = ["plain", "zero1"] if ranks == 1 else ["plain", "zero1", "zero2", "zero3"]
-        running = {kind: Ranks(Contender(kind, ranks), words) for kind in kinds}
+        running = {kind: Ranks(Contender(kind, ranks), size, measure) for kind in kinds}
         times: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(turns):
             for kind, one in running.items():

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ from data_pipeline.errors import LaunchError
 from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 
-NUM_TASKS = 12
-KILLS = 4
+NUM_TASKS = 8
+KILLS = 2
 """Kills per number of workers, with and without a selection: eight in all."""
 SEED = 24
 SELECTION = ("--deduplicate", "--limit-tokens", "60000")
@@ -48,7 +48,7 @@ with_and_without_selection = pytest.mark.parametrize(
 
 @dataclass(kw_only=True)
 class Building:
-    """A build of twelve tasks: its command, its folder and its finished tasks."""
+    """A build of eight tasks: its command, its folder and its finished tasks."""
 
     out: Path
     source: Path
@@ -219,7 +219,8 @@ def test_a_build_killed_at_random_moments_ends_with_the_same_bytes(
     same, duration_s = uninterrupted(selection, workers)
     assert same == expected
     generator = random.Random(f"{SEED} {workers} {selection}")
-    victims = cycle(["worker", "parent", "all"])
+    first = KILLS * (workers > 1) + bool(selection)  # other victims in other tests
+    victims = islice(cycle(["worker", "parent", "all"]), first, None)
     print(f"seed {SEED}, an uninterrupted build takes {duration_s:.2f} s")
 
     building = make(selection)
@@ -251,7 +252,7 @@ def test_an_array_in_random_order_with_kills_and_duplicates_ends_with_the_same_b
     order = generator.sample(range(NUM_TASKS), NUM_TASKS)
     # Every third task is done by two processes at the same time.
     waiting = deque(index for index in order for _ in range(1 + (index % 3 == 0)))
-    to_be_killed = set(generator.sample(order, 5))
+    to_be_killed = set(generator.sample(order, 3))
 
     while waiting:
         at_once = [waiting.popleft() for _ in range(min(4, len(waiting)))]
@@ -269,7 +270,7 @@ def test_an_array_in_random_order_with_kills_and_duplicates_ends_with_the_same_b
 
 
 @with_and_without_selection
-@pytest.mark.parametrize("head_start", [0.0, 0.5, 0.8])
+@pytest.mark.parametrize("head_start", [0.0, 0.6])
 def test_two_concurrent_builds_of_a_folder_end_with_the_same_bytes(
     head_start: float,
     selection: tuple[str, ...],

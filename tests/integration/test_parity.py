@@ -10,7 +10,7 @@ from tests.helpers.tiny_run import PlainResult, curve_of, read_run_config, train
 
 pytestmark = pytest.mark.slow
 
-STEPS = 50
+STEPS = 25
 SHORT = (
     f"training.steps={STEPS}",
     "training.loss_chunk_tokens=48",  # the plain loop has whole logits
@@ -58,7 +58,8 @@ def largest_difference(run: Path, plain: PlainResult) -> float:
         ("zero.stage=3", "zero.offload=optimizer"),
         ("zero.stage=3", "zero.offload=parameters"),
         ("zero.stage=3", "zero.offload=parameters", "training.activation_checkpointing=selective"),
-        ("zero.stage=1", "training.compile=true"),
+        # Compiling on a busy machine can take the GIL for longer than five heartbeats of 5 s.
+        ("zero.stage=1", "training.compile=true", "hardware.heartbeat_s=30"),
     ],
     ids=" ".join,
 )
