@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
@@ -26,9 +25,6 @@ from megaback.inference.token_scores import ScoredToken, packed_scores, scored_t
 from megaback.model.compiler import require_compiler
 from megaback.model.gpt import Attention, Block, ReverseGPT, Rotary
 from megaback.weights.model_folder import ModelDescription, load_model_folder
-
-if TYPE_CHECKING:
-    from megaback.inference.batch import ContinuousBatch
 
 _LOG = logging.getLogger("megaback.inference")
 
@@ -103,8 +99,8 @@ class Decoder:
             require_compiler(self.device.type, "`compiled`")
         self._compiled = compiled
         self.logits = torch.compile(self._logits, dynamic=True) if compiled else self._logits
-        self.idle_batch: ContinuousBatch | None = None
-        """A batch that has captured its steps, for the next samples."""
+        self.idle_batch: object = None
+        """The `ContinuousBatch` that has captured its steps, for the next samples."""
         self.capture: Capture | None = None
         """Captures the steps of batches; None if they are run as they are."""
         if cuda_graphs and self.device.type != "cpu":

@@ -109,7 +109,7 @@ def generate_many(
 def _batch_for(decoder: Decoder, codec: TextCodec, num_slots: int) -> ContinuousBatch:
     """An empty batch with at least as many slots: the last one, if it has captured its steps."""
     idle, decoder.idle_batch = decoder.idle_batch, None
-    if idle is not None and idle.num_slots >= num_slots and idle.codec is codec:
+    if isinstance(idle, ContinuousBatch) and idle.num_slots >= num_slots and idle.codec is codec:
         return idle
     del idle  # before memory for another is allocated
     return ContinuousBatch(decoder, codec, num_slots)
