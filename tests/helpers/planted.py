@@ -14,15 +14,18 @@ _PERIOD_S = 0.02
 
 @contextmanager
 def watched_processes() -> Iterator[set[tuple[str, ...]]]:
-    """Record the arguments of every process whose command line contains the secret."""
+    """Record the arguments of every new process whose command line contains the secret."""
     found: set[tuple[str, ...]] = set()
     stop = threading.Event()
+    older = _process_ids()
 
     def watch() -> None:
         while not stop.wait(_PERIOD_S):
-            for entry in os.scandir("/proc"):
+            running = _process_ids()
+            older.intersection_update(running)  # an ended process's number is used again
+            for name in running - older:
                 try:
-                    line = Path(entry.path, "cmdline").read_bytes() if entry.name.isdigit() else b""
+                    line = Path("/proc", name, "cmdline").read_bytes()
                 except OSError:  # it has ended
                     continue
                 if PLANT.encode() in line:
@@ -35,6 +38,10 @@ def watched_processes() -> Iterator[set[tuple[str, ...]]]:
     finally:
         stop.set()
         thread.join()
+
+
+def _process_ids() -> set[str]:
+    return {entry.name for entry in os.scandir("/proc") if entry.name.isdigit()}
 
 
 def files_with_plant(folders: Iterable[Path]) -> list[Path]:
