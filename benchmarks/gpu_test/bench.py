@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 import torch
 
 from benchmarks.gpu_test.results import Check, Figure, append_check
+from data_pipeline.errors import PreemptedError, UserInterruptError
 from megaback.rehearsal.memory_meter import MemoryMeter
 
 Size = Literal["full", "cpu", "smoke"]
@@ -63,6 +64,8 @@ class Bench:
         """Record an error as a failed check, and continue after it."""
         try:
             yield
+        except (PreemptedError, UserInterruptError):  # this process is asked to end
+            raise
         except Exception as error:  # noqa: BLE001 (kernels raise errors of any type)
             traceback.print_exc()
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

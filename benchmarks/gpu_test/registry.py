@@ -24,13 +24,13 @@ PARTS = (
     Part("commands", "commands on the device", 180),
     Part("ranks", "several ranks, and a killed one", 240),
     Part("tests", "tests of tests/gpu", 240),
-    Part("speed", "speed of the shape of xcoax_100bt", 200, is_alone=True, is_in_smoke_runs=True),
-    Part("speed_1b", "speed of the shape of reverse_1b", 160, is_alone=True),
+    Part("speed", "speed of the shape of xcoax_100bt", 240, is_alone=True, is_in_smoke_runs=True),
     Part("sampling", "speed of sampling", 100, is_alone=True, is_in_smoke_runs=True),
     Part("waits", "waits of the host, and copies", 90, is_alone=True),
     Part("loss", "loss in chunks", 60, is_alone=True, is_in_smoke_runs=True),
     Part("out_of_memory", "a real lack of memory", 100, is_alone=True),
     Part("gradients", "gradients in fp32", 60, is_alone=True, is_in_smoke_runs=True),
+    Part("speed_1b", "speed of the shape of reverse_1b", 240, is_alone=True),
     Part("slow_tests", "tests of tests/gpu that train", 440),
 )
 BY_NAME = {part.name: part for part in PARTS}

@@ -22,6 +22,8 @@ _POLL_S = 0.1
 _MIN_PART_S = 20
 """Time for a part to be worth its start."""
 _GRACE_S = 5.0
+_CPU_FACTOR = 3
+"""Limits on a CPU, as a multiple of those on a GPU."""
 
 
 @dataclass
@@ -74,6 +76,9 @@ class Runner:
         is_beside = not part.is_alone and not self._running[0].part.is_alone
         return is_beside and len(self._running) < self._jobs
 
+    def _limit_of(self, part: Part) -> float:
+        return part.limit_s * (_CPU_FACTOR if self._device == "cpu" else 1)
+
     def _start(self, part: Part) -> None:
         left_s = self._end - time.monotonic()
         if left_s < _MIN_PART_S:
@@ -88,10 +93,8 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        limit_s = min(part.limit_s, left_s)
-        self._running.append(
-            _Running(part, process, time.monotonic(), limit_s, limit_s < part.limit_s)
-        )
+        limit_s = min(self._limit_of(part), left_s)
+        self._running.append(_Running(part, process, time.monotonic(), limit_s, limit_s == left_s))
 
     def _look_after(self, one: _Running) -> None:
         code = one.process.poll()

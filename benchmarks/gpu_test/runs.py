@@ -16,6 +16,7 @@ from megaback.run_folder import METRICS_NAME
 ROOT = Path(__file__).parents[2]
 """The checkout, whose code is tested."""
 CONTEXT_TOKENS = 64
+VOCAB_SIZE = 600
 
 
 def shards_of(bench: Bench) -> Path:

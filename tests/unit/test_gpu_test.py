@@ -129,7 +129,7 @@ def run_scripts(
     monkeypatch.setattr(runner_module, "part_command", command)
     results: dict[str, PartResult] = {}
     runner = Runner(
-        tmp_path, "smoke", "cpu", lambda one: results.update({one.name: one}), jobs=2,
+        tmp_path, "smoke", "cuda", lambda one: results.update({one.name: one}), jobs=2,
         limit_s=limit_s,
     )  # fmt: skip
     runner.run(list(parts))
@@ -218,7 +218,7 @@ def test_an_interrupt_ends_the_processes_and_keeps_their_checks(
 
     monkeypatch.setattr(runner_module, "part_command", command)
     monkeypatch.setattr(runner_module.time, "sleep", interrupt)
-    runner = Runner(tmp_path, "smoke", "cpu", seen.append, jobs=1, limit_s=60)
+    runner = Runner(tmp_path, "smoke", "cuda", seen.append, jobs=1, limit_s=60)
     with pytest.raises(KeyboardInterrupt):
         runner.run([Part("one", "", 60)])
 

@@ -1,32 +1,29 @@
 """A real lack of memory ends a run with its own exit code and message; expandable segments."""
 
+from pathlib import Path
+
 import torch
 
 from benchmarks.gpu_test.bench import WANTS_A_GPU, Bench
 from benchmarks.gpu_test.claims import OUT_OF_MEMORY
-from benchmarks.gpu_test.runs import last_lines, run_command, run_config
+from benchmarks.gpu_test.runs import VOCAB_SIZE, last_lines, run_command, run_config
 from data_pipeline.errors import DeviceMemoryError
+from megaback.config_file import load_config
+from megaback.planning.memory_room import planned_memory
 
 _MESSAGE = "is out of memory"
+_EXCESS = 2
+"""Planned memory of the run, as a multiple of the device's."""
 
 
 def run(bench: Bench) -> None:
     _check_segments(bench)
-    # Hidden states of a forward pass alone, in bf16 and of 32 layers, exceed twice the memory.
-    width, layers, context = bench.sized((1024, 32, 2048), (32, 1, 64), (32, 1, 64))
-    rows = 2
+    rows, config = 2, _config(bench, 2)
     if bench.device.type == "cuda":
         memory_bytes = torch.cuda.get_device_properties(bench.device).total_memory
-        row_bytes = 2 * width * layers * context
-        rows = 1 << (2 * memory_bytes // row_bytes).bit_length()
-    config = run_config(
-        bench,
-        bench.work / "out_of_memory",
-        model={"num_layers": layers, "width": width, "num_heads": max(width // 64, 1)},
-        batch={"context_tokens": context, "global_batch_rows": rows, "micro_batch_rows": rows},
-        training={"steps": 2, "compile": "off"},
-        hardware={"memory_check": "off"},
-    )
+        while _planned_bytes(config) < _EXCESS * memory_bytes:
+            rows *= 2
+            config = _config(bench, rows)
     with bench.attempt("a run that does not fit", OUT_OF_MEMORY):
         done = run_command("train", config)
         if not bench.is_gpu:
@@ -41,6 +38,27 @@ def run(bench: Bench) -> None:
             OUT_OF_MEMORY,
             micro_batch_rows=rows,
         )
+
+
+def _config(bench: Bench, rows: int) -> Path:
+    width, layers, context_tokens = bench.sized((1024, 16, 1024), (32, 1, 64), (32, 1, 64))
+    return run_config(
+        bench,
+        bench.work / "out_of_memory",
+        model={"num_layers": layers, "width": width, "num_heads": max(width // 64, 1)},
+        batch={
+            "context_tokens": context_tokens,
+            "global_batch_rows": rows,
+            "micro_batch_rows": rows,
+        },
+        training={"steps": 2, "compile": "off"},
+        hardware={"memory_check": "off"},
+    )
+
+
+def _planned_bytes(path: Path) -> float:
+    config = load_config(path, ())
+    return planned_memory(config, VOCAB_SIZE, 1, "cuda").parts.total
 
 
 def _check_segments(bench: Bench) -> None:

@@ -26,6 +26,7 @@ from megaback.model.compiler import why_not_compiled
 from megaback.model.flash_attention import KERNELS
 from megaback.planning.flops import flops_per_token
 from megaback.planning.memory_room import planned_memory
+from megaback.rehearsal.memory_meter import MemoryMeter
 
 _WARMUP_STEPS = 3
 _MEMORY_SHARE = 0.85
@@ -41,9 +42,13 @@ class Shape:
     vocab_size: int
     small: dict[str, Any]
     """Model where the whole one would take too long."""
+    small_compiled: tuple[bool, ...] = (False,)
+    """Whether that one is compiled."""
 
 
-XCOAX = Shape("xcoax_100bt", "xcoax_100bt.yaml", 8_888, {"num_layers": 2, "width": 128})
+XCOAX = Shape(
+    "xcoax_100bt", "xcoax_100bt.yaml", 8_888, {"num_layers": 2, "width": 128}, (False, True)
+)
 BILLION = Shape("reverse_1b", "reverse_1b.yaml", 32_000, {"num_layers": 2, "width": 128})
 
 
@@ -61,9 +66,9 @@ def measure_shape(bench: Bench, shape: Shape) -> None:
             usable.append(kernel.name)
         else:
             bench.skip(f"{shape.name}, {kernel.name}", reason, ATTENTION)
-    # The default first, as time may end.
-    for compiled in bench.sized((True, False), (False, True), (False,)):
-        for attention in (*usable, "sdpa"):
+    for attention in (*usable, "sdpa"):
+        # Compiling may take all the time that is left.
+        for compiled in bench.sized((False, True), shape.small_compiled, (False,)):
             kind = "compiled" if compiled else "not compiled"
             name = f"{shape.name}, {attention}, {kind}"
             with bench.attempt(name, COMPILE if compiled else ATTENTION):
@@ -108,7 +113,7 @@ def _measure(
     steps = bench.sized(6, 3, 1)
     batches = synthetic_batches(rows, context_tokens, shape.vocab_size, _WARMUP_STEPS + steps + 2)
     bench.release()
-    meter_before = bench.peak_bytes(lambda: None)
+    memory = MemoryMeter.of(bench.device)
     stepper = Stepper.start(config, world, shape.vocab_size, compiled=compiled)
     if compiled:
         training = config.training.model_copy(update={"compile": "on"})
@@ -147,15 +152,14 @@ def _measure(
         graphs=graphs,
         host_waits=len(waits) if bench.is_gpu else None,
     )
-    del meter_before
+    planned = planned_memory(config, shape.vocab_size, 1, bench.device.type)
+    bench.measured(
+        f"{name}: memory",
+        PLAN,
+        measured_bytes=memory.peak_bytes(),
+        planned_bytes=int(planned.parts.total - planned.parts.reserve),
+    )
     if bench.device.type == "cuda":
-        planned = planned_memory(config, shape.vocab_size, 1, "cuda")
-        bench.measured(
-            f"{name}: memory",
-            PLAN,
-            measured_bytes=torch.cuda.max_memory_allocated(bench.device),
-            planned_bytes=int(planned.parts.total - planned.parts.reserve),
-        )
         bench.require(
             f"{name}: peak FLOP/s",
             peak_flops is not None,
