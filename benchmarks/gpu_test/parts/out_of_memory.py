@@ -28,7 +28,11 @@ def run(bench: Bench) -> None:
         done = run_command("train", config)
         if not bench.is_gpu:
             problem = f": {last_lines(done.stderr)}" if done.returncode else ""
-            bench.require("the same run, where it fits", not done.returncode, f"exit 0{problem}")
+            bench.require(
+                "the same run, where it fits",
+                not done.returncode,
+                f"exit {done.returncode}{problem}",
+            )
             bench.skip("a run that does not fit", WANTS_A_GPU, OUT_OF_MEMORY)
             return
         bench.require(
@@ -45,7 +49,12 @@ def _config(bench: Bench, rows: int) -> Path:
     return run_config(
         bench,
         bench.work / "out_of_memory",
-        model={"num_layers": layers, "width": width, "num_heads": max(width // 64, 1)},
+        model={
+            "num_layers": layers,
+            "width": width,
+            "num_heads": max(width // 64, 1),
+            "num_kv_heads": None,
+        },
         batch={
             "context_tokens": context_tokens,
             "global_batch_rows": rows,
