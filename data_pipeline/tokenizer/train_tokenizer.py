@@ -186,6 +186,8 @@ def _train(sentences: Sequence[str], vocab_size: int) -> bytes:
             f"{MAX_VOCABULARY} or less"
         )
     model = io.BytesIO()
+    # A space needs a piece of its own: spelled in bytes, it would be decoded as U+2581.
+    of_spaces = {} if any(" " in text for text in sentences) else {"required_chars": "\u2581"}
     try:
         interruptible(
             sentencepiece.SentencePieceTrainer.train,
@@ -210,6 +212,7 @@ def _train(sentences: Sequence[str], vocab_size: int) -> bytes:
             max_sentence_length=_MAX_SENTENCE_BYTES,
             num_threads=_NUM_THREADS,
             minloglevel=2,
+            **of_spaces,
         )
     except RuntimeError as error:
         raise _tokenizer_error(str(error), vocab_size) from None

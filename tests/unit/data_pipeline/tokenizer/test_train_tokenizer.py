@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import OutputExistsError, SourceEmptyError, TokenizerError
-from data_pipeline.text.codec import BEGIN_PIECE, CHAT_PIECES, END_PIECE
+from data_pipeline.text.codec import (
+    BEGIN_PIECE,
+    CHAT_PIECES,
+    END_PIECE,
+    Direction,
+    TextCodec,
+    Unit,
+)
 from data_pipeline.tokenizer import train_tokenizer as tokenizer
 from data_pipeline.tokenizer.train_tokenizer import main, train_tokenizer
 
@@ -47,6 +54,20 @@ def test_two_trainings_give_identical_files(source: str, tmp_path: Path) -> None
     )
     assert one == two
     assert set(one) == {"tokenizer.model", "tokenizer_report.json"}
+
+
+def test_a_text_without_spaces_gives_a_tokenizer_that_can_spell_one(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    products = [(m, n) for m in range(10, 30) for n in range(10, 30)]
+    lines = [json.dumps({"text": f"{m}*{n}={m * n}"}) + "\n" for m, n in products]
+    source.write_text("".join(lines))
+
+    # Bytes, the unknown piece, markers, a space and the characters of the text: none is left.
+    train_tokenizer(str(source), tmp_path / "out", 256 + 3 + len(CHAT_PIECES) + 1 + 12)
+
+    path = tmp_path / "out" / "tokenizer.model"
+    codec = TextCodec.load(path, Direction.FORWARD, Unit.TOKEN)
+    assert [codec.piece(i) for i in codec.encode("12*34=408 ")] == [*"12*34=408", "\u2581"]
 
 
 def test_the_number_of_threads_does_not_change_the_pieces(
