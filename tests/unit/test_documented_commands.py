@@ -119,8 +119,16 @@ def require(program: str, words: list[str]) -> None:
             return
         assert (ROOT / program).is_file(), f"there is no {program}"
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
-        known = set(re.findall(r'"(--[a-z-]+)"', (ROOT / program).read_text()))
+        known = set(re.findall(r'"(--[a-z-]+)"', text_of_script(ROOT / program)))
         assert given <= {*known, "--smoke"}, given - known
+
+
+def text_of_script(path: Path) -> str:
+    """The code of a script and of the modules beside it that it imports, where options may be."""
+    text = path.read_text()
+    imported = re.findall(r"^from ([\w.]+) import", text, re.MULTILINE)
+    beside = [path.parent.joinpath(*name.split(".")).with_suffix(".py") for name in imported]
+    return "\n".join([text, *(module.read_text() for module in beside if module.is_file())])
 
 
 def find_module(name: str) -> bool:

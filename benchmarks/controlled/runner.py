@@ -1,0 +1,185 @@
+"""Stages shared by the controlled tasks: texts, tokenizer, shards, runs and stored measurements.
+
+Each stage runs a megaback command, and is skipped once it has finished, so that the same command
+resumes. A folder belongs to one set of options.
+"""
+
+import json
+import resource
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import click
+
+from data_pipeline.common.atomic import write_text
+from data_pipeline.common.number_ranges import COUNT
+from data_pipeline.errors import ConfigError
+from data_pipeline.text.codec import CHAT_PIECES, Direction
+from megaback.config_file import load_config
+from megaback.faults.exit_record import read_exit
+from tools.demo import run
+
+CONFIG = Path(__file__).parent.with_name("controlled.yaml")
+DIRECTIONS = tuple(direction.value for direction in Direction)
+CHARACTER_PIECES = 256 + 3 + len(CHAT_PIECES) + 1
+"""Pieces of every tokenizer: bytes, the unknown piece, markers and a space. With one more for each
+character of the text and no others, every character is a token."""
+_FRAME_TOKENS = 4096  # few tokens per frame, so that small data is well shuffled
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The output folder, and the options of training."""
+
+    out: Path
+    config: Path
+    directions: tuple[str, ...]
+    num_seeds: int
+    steps: int | None
+
+    def claim(self, **settings: Any) -> None:
+        """Record the options that decide the figures. Raises ConfigError if others are there."""
+        settings |= {"config": self.config.read_text(encoding="utf-8"), "steps": self.steps}
+        text = json.dumps(settings, indent=2) + "\n"
+        path = self.out / "settings.json"
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise ConfigError(
+                f"{self.out} has results of other options, listed in {path}; give another --out"
+            )
+        if not path.exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+
+    def texts(self, name: str, rows: Iterable[Mapping[str, str]]) -> Path:
+        """A file of JSON lines."""
+        path = self.out / "data" / f"{name}.jsonl"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    def tokenizer(self, text: Path, vocab_size: int) -> Path:
+        """The trained tokenizer.model."""
+        model = self.out / "tokenizer" / "tokenizer.model"
+        if not model.exists():
+            given = ("--source", str(text), "--vocab-size", str(vocab_size))
+            run("tokenizer", "train", *given, "--out", str(model.parent))
+        return model
+
+    def shards(self, name: str, text: Path, tokenizer: Path) -> Path:
+        """Shards of documents, all of them to train on; both directions read them."""
+        return self._built(("shards", "build"), name, text, tokenizer)
+
+    def examples(self, name: str, text: Path, tokenizer: Path, direction: str) -> Path:
+        """Shards of examples for one direction, with loss on the written part only."""
+        context_tokens = load_config(self.config).batch.context_tokens
+        given = ("--direction", direction, "--context-tokens", str(context_tokens))
+        return self._built(("instruct", "build"), name, text, tokenizer, *given)
+
+    def _built(
+        self, command: Sequence[str], name: str, text: Path, tokenizer: Path, *options: str
+    ) -> Path:
+        path = self.out / "shards" / name
+        if not (path / "manifest.json").exists():
+            run(
+                *(*command, "--source", str(text), "--tokenizer", str(tokenizer), *options),
+                *("--val-fraction", "0", "--frame-tokens", str(_FRAME_TOKENS)),
+                *("--workers", "1", "--out", str(path)),
+            )
+        return path
+
+    def results(
+        self, name: str, shards: Path, direction: str, measure: Callable[[Path], dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Results of `measure` for the run of each seed, with the CPU seconds of training.
+
+        After an interruption they are those of the last start.
+        """
+        found = []
+        for seed in range(self.num_seeds):
+            path = self.out / "runs" / f"{name}-{direction}-seed{seed}"
+            cpu_s = self._trained(path, shards, direction, seed)
+            measured = path.with_name(path.name + ".json")
+            if not measured.exists():
+                fields = {**measure(path), "cpu_s": cpu_s}
+                write_text(measured, json.dumps(fields) + "\n")
+            found.append(json.loads(measured.read_text(encoding="utf-8")))
+        return found
+
+    def _trained(self, path: Path, shards: Path, direction: str, seed: int) -> float | None:
+        """Train a run; its CPU seconds, or None if it had been trained before."""
+        if (read_exit(path) or {}).get("code") == 0:
+            return None
+        length = () if self.steps is None else (f"training.steps={self.steps}",)
+        before = _cpu_s_of_children()
+        run(
+            *("train", str(self.config), f"run={path}", f"data.shards={shards}"),
+            *(f"data.direction={direction}", f"training.seed={seed}", *length),
+        )
+        return round(_cpu_s_of_children() - before, 1)
+
+
+def _cpu_s_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def folder_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a `Folder`."""
+    for option in (
+        click.option(
+            "--steps", type=COUNT.option, help="Steps of each run. Default: the config's."
+        ),
+        click.option(
+            "--num-seeds",
+            type=COUNT.option,
+            default=3,
+            show_default=True,
+            help="Number of runs of each kind, with the training seeds 0, 1, ...",
+        ),
+        click.option(
+            "--direction",
+            "directions",
+            type=click.Choice(DIRECTIONS),
+            multiple=True,
+            default=DIRECTIONS,
+            show_default=True,
+            help="Directions to train. May be repeated.",
+        ),
+        click.option(
+            "--config",
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            default=CONFIG,
+            help="Config of the models. Default: controlled.yaml beside this file.",
+        ),
+        click.option(
+            "--out", required=True, type=click.Path(path_type=Path), help="Folder to write."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean; None for fewer than two values."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def cell(values: Sequence[float], digits: int) -> str:
+    """Mean over seeds and its standard error, for a table."""
+    error = standard_error(values)
+    return f"{mean(values):.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def cpu_line(results: Iterable[dict[str, Any]]) -> str:
+    """The CPU time of training, where it is known."""
+    known = [result["cpu_s"] for result in results if result["cpu_s"] is not None]
+    if not known:
+        return "CPU time of training is not known"
+    return (
+        f"CPU time of training: {sum(known):.0f} s in all, {min(known):.0f} to {max(known):.0f} s "
+        f"per run ({len(known)} runs)"
+    )
