@@ -1,11 +1,13 @@
 """Loss over training with gradients accumulated in bf16 and in fp32.
 
-    python benchmarks/gradient_precision.py [--steps 120] [--seeds 0,1,2] [--optimizers adamw,muon]
+    python benchmarks/gradient_precision.py [--steps 200] [--seeds 0,1] [--optimizers adamw,muon]
 
 A small GPT learns the novels that megaback ships, in bf16 at ZeRO stage 1 on one process, with 64
 micro-batches per step. For each seed, both runs have the same initial weights and the same batches:
 only `zero.gradient_precision` differs. Prints the loss of both over the training, and the
-difference at the end, with its standard error over the seeds. `--curves` writes all losses, and
+difference at the end, with its standard error over the seeds. `--kinds control` adds a run in fp32
+whose learning rate is larger by a millionth: how far two runs drift apart by rounding alone.
+`--curves` writes all losses, and
 `--read` reads them back from several such files, for runs in parallel; `--figure` draws the
 differences.
 """
@@ -37,6 +39,9 @@ from megaback.train import train_run
 Found = dict[tuple[str, int, str], dict[str, Any]]
 """Losses of runs by optimizer, seed and precision of gradients."""
 PRECISIONS = ("bf16", "fp32")
+CONTROL = "control"
+_NUDGE = 1e-6
+"""How much larger the control's learning rate is, relatively."""
 COLORS = {"adamw": "#0b6e99", "muon": "#b3541e"}
 _TAIL = 0.1
 """Part of the steps whose mean is reported as the loss at the end."""
@@ -102,6 +107,10 @@ def use_fast_products() -> None:
 
 def train(world: World, fields: dict[str, Any], precision: str) -> dict[str, Any]:
     """Train once; returns the losses of the steps, and the last val loss."""
+    if precision == CONTROL:
+        optimizer = fields["optimizer"]
+        rate = optimizer["learning_rate"] * (1 + _NUDGE)
+        fields, precision = fields | {"optimizer": optimizer | {"learning_rate": rate}}, "fp32"
     config = Config.model_validate(fields | {"zero": {"stage": 1, "gradient_precision": precision}})
     train_run(config, world, StopRequest(None), Watchdog(config.run, config.hardware, world))
     lines = read_metrics(config.run)
@@ -112,7 +121,11 @@ def train(world: World, fields: dict[str, Any], precision: str) -> dict[str, Any
 
 
 def train_all(
-    ways: list[tuple[int, str]], shards: Path | None, steps: int, micro_batches: int
+    ways: list[tuple[int, str]],
+    kinds: tuple[str, ...],
+    shards: Path | None,
+    steps: int,
+    micro_batches: int,
 ) -> Found:
     """Train a pair of runs for each seed and optimizer."""
     os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
@@ -124,7 +137,7 @@ def train_all(
     with TemporaryDirectory() as name:
         folder = Path(name)
         built = (shards or build_shards(folder)).absolute()
-        for (seed, optimizer), precision in product(ways, PRECISIONS):
+        for (seed, optimizer), precision in product(ways, kinds):
             run = folder / f"{optimizer}-{seed}-{precision}"
             fields = config_fields(built, run, steps, seed, optimizer, micro_batches)
             found[optimizer, seed, precision] = last = train(world, fields, precision)
@@ -149,21 +162,26 @@ def smoothed(values: list[float]) -> list[float]:
 def report(found: Found) -> None:
     """Print the losses, and the difference of the paired runs."""
     for optimizer in sorted({name for name, _, _ in found}):
-        seeds = sorted({seed for name, seed, _ in found if name == optimizer})
-        for what, value in (
-            ("loss of the last tenth", lambda run: end_of(run["loss"])),
-            ("val loss", lambda run: run["val_loss"]),
+        for low, (what, value) in product(
+            (PRECISIONS[0], CONTROL),
+            (
+                ("loss of the last tenth", lambda run: end_of(run["loss"])),
+                ("val loss", lambda run: run["val_loss"]),
+            ),
         ):
-            pairs = [
-                [value(found[optimizer, seed, precision]) for precision in PRECISIONS]
-                for seed in seeds
-            ]
+            compared = (low, PRECISIONS[1])
+            seeds = sorted({key[1] for key in found if key[::2] == (optimizer, low)})
+            if not all((optimizer, seed, kind) in found for seed in seeds for kind in compared):
+                continue
+            if not seeds:
+                continue
+            pairs = [[value(found[optimizer, seed, kind]) for kind in compared] for seed in seeds]
             worse = [low - high for low, high in pairs]
             error = statistics.stdev(worse) / math.sqrt(len(worse)) if len(worse) > 1 else 0.0
             means = [statistics.fmean(column) for column in zip(*pairs, strict=True)]
             click.echo(
-                f"{optimizer}: {what}: bf16 {means[0]:.4f}, fp32 {means[1]:.4f}; "
-                f"bf16 worse by {statistics.fmean(worse):+.5f} +- {error:.5f} nats "
+                f"{optimizer}: {what}: {low} {means[0]:.4f}, fp32 {means[1]:.4f}; "
+                f"{low} worse by {statistics.fmean(worse):+.5f} +- {error:.5f} nats "
                 f"({', '.join(f'{one:+.5f}' for one in worse)})"
             )
 
@@ -174,17 +192,20 @@ def draw(found: Found, path: Path) -> None:
     axes = figure.add_subplot()
     named = set()
     for optimizer, seed, precision in found:
-        if precision != PRECISIONS[0]:
+        if precision == PRECISIONS[1]:
             continue
-        low, high = (found[optimizer, seed, one]["loss"] for one in PRECISIONS)
+        low, high = (found[optimizer, seed, one]["loss"] for one in (precision, PRECISIONS[1]))
         worse = smoothed([one - other for one, other in zip(low, high, strict=True)])
         steps = range(len(low) - len(worse) + 1, len(low) + 1)
-        label = None if optimizer in named else {"adamw": "AdamW", "muon": "Muon"}[optimizer]
-        named.add(optimizer)
-        axes.plot(steps, worse, color=COLORS[optimizer], linewidth=1, label=label)
+        label = {"adamw": "AdamW", "muon": "Muon"}[optimizer]
+        label += ", control" if precision == CONTROL else ""
+        style = ":" if precision == CONTROL else "-"
+        shown = None if label in named else label
+        named.add(label)
+        axes.plot(steps, worse, style, color=COLORS[optimizer], linewidth=1, label=shown)
     axes.axhline(0, color="#888888", linewidth=0.8)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss with bf16 gradients - with fp32, nats")
+    axes.set_ylabel("loss - that with fp32 gradients, nats")
     axes.legend(frameon=False)
     write_picture(figure, path, overwrite=True)
 
@@ -193,10 +214,13 @@ def draw(found: Found, path: Path) -> None:
     cls=Benchmark,
     smoke="--steps 2 --seeds 0 --micro-batches 4 --optimizers adamw --shards {shards}",
 )
-@click.option("--steps", default=120, show_default=True, help="Steps per run.")
-@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds, one pair of runs each.")
+@click.option("--steps", default=200, show_default=True, help="Steps per run.")
+@click.option("--seeds", default="0,1", show_default=True, help="Seeds, one pair of runs each.")
 @click.option("--micro-batches", default=64, show_default=True, help="Micro-batches per step.")
 @click.option("--optimizers", default="adamw,muon", show_default=True, help="Optimizers.")
+@click.option(
+    "--kinds", default="bf16,fp32", show_default=True, help="Runs per seed; control is one more."
+)
 @click.option("--shards", type=click.Path(path_type=Path), help="Shards with a val set.")
 @click.option(
     "--read",
@@ -212,6 +236,7 @@ def main(
     seeds: str,
     micro_batches: int,
     optimizers: str,
+    kinds: str,
     shards: Path | None,
     earlier: tuple[Path, ...],
     curves: Path | None,
@@ -224,7 +249,7 @@ def main(
         found |= {(optimizer, seed, precision): one for optimizer, seed, precision, one in lines}
     if not earlier:
         ways = product([int(seed) for seed in seeds.split(",")], optimizers.split(","))
-        found = train_all(list(ways), shards, steps, micro_batches)
+        found = train_all(list(ways), tuple(kinds.split(",")), shards, steps, micro_batches)
     report(found)
     if curves is not None:
         lines = [[*key, one] for key, one in found.items()]
