@@ -7,9 +7,8 @@ micro-batches per step. For each seed, both runs have the same initial weights a
 only `zero.gradient_precision` differs. Prints the loss of both over the training, and the
 difference at the end, with its standard error over the seeds. `--kinds control` adds a run in fp32
 whose learning rate is larger by a millionth: how far two runs drift apart by rounding alone.
-`--curves` writes all losses, and
-`--read` reads them back from several such files, for runs in parallel; `--figure` draws the
-differences.
+`--curves` writes all losses, and `--read` reads them back from several such files, for runs in
+parallel; `--figure` draws the differences.
 """
 
 import json
@@ -41,7 +40,7 @@ Found = dict[tuple[str, int, str], dict[str, Any]]
 PRECISIONS = ("bf16", "fp32")
 CONTROL = "control"
 _NUDGE = 1e-6
-"""How much larger the control's learning rate is, relatively."""
+"""Relative increase of the control's learning rate."""
 COLORS = {"adamw": "#0b6e99", "muon": "#b3541e"}
 _TAIL = 0.1
 """Part of the steps whose mean is reported as the loss at the end."""
