@@ -72,6 +72,8 @@ setup(
         "fuzz": ["atheris>=3"],
         # The site; `make docs` installs it without megaback.
         "docs": ["mkdocs-material>=9.6"],
+        # EleutherAI's lm-evaluation-harness, for `megaback lm-eval`.
+        "eval": ["lm_eval>=0.4.13"],
         "infill-benchmark": ["sacrebleu>=2.4"],
         "dev": [
             "accelerate>=1.0",
@@ -105,5 +107,9 @@ setup(
             "xxhash>=3.0",
         ],
     },
-    entry_points={"console_scripts": ["megaback = megaback.__main__:main"]},
+    entry_points={
+        "console_scripts": ["megaback = megaback.__main__:main"],
+        # Where lm_eval looks for models of other packages, in versions after 0.4.13.
+        "lm_eval.models": ["megaback = tools.harness.lm_eval_model:MegabackLM"],
+    },
 )

@@ -43,6 +43,7 @@ _COMMANDS: _Commands = {
     "rerank": ("tools.rerank", "Rank answers by how well they explain their question."),
     "score": ("tools.score", "Score how well each answer explains its question."),
     "eval": ("tools.evaluate", "Evaluate a model on held-out data."),
+    "lm-eval": ("tools.lm_eval", "Run lm_eval's tasks on a model of either direction."),
     "sample": ("tools.sample", "Generate the text before an ending."),
     "infill": ("tools.infill", "Generate the text between a beginning and an ending."),
     "serve": ("tools.serve", "Serve a model through OpenAI's API, and as a web page."),

@@ -7,11 +7,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import cycle
 from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,13 +22,16 @@ from data_pipeline.common.process_pool import begin_worker, kill, silence_resour
 from data_pipeline.errors import LaunchError
 from megaback.inference.likelihood import (
     Continuation,
+    Likelihood,
+    begun_likelihoods,
     begun_log_probabilities,
-    log_probabilities,
 )
 from megaback.inference.placement import choose_device
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.model_folder import load_model_folder
 
+_Result = TypeVar("_Result")
+_Begin = Callable[[ReverseGPT, Sequence[Continuation]], Callable[[], list[_Result]]]
 _BATCHES_AHEAD = 2
 """Batches that a device of this process has been given before the first of them is waited for."""
 _KILLED = (
@@ -61,7 +65,7 @@ class DevicePool:
         self._folder, self.dtype = folder, dtype
         self._devices = [str(device) for device in devices]
         self._model = model
-        self._begun: deque[tuple[Future[list[float]], Callable[[], list[float]]]] = deque()
+        self._begun: deque[tuple[Future[list[Any]], Callable[[], list[Any]]]] = deque()
         self._pools = []
         self._processes: set[BaseProcess] = set()
         if len(devices) > 1:
@@ -78,16 +82,34 @@ class DevicePool:
 
         Raises LaunchError if its process was killed.
         """
+        return self._submit(begun_log_probabilities, continuations)
+
+    def submit_likelihoods(
+        self, continuations: Sequence[Continuation]
+    ) -> "Future[list[Likelihood]]":
+        """`submit`, with whether each is what greedy decoding would write."""
+        return self._submit(begun_likelihoods, continuations)
+
+    def _submit(
+        self, begin: _Begin[_Result], continuations: Sequence[Continuation]
+    ) -> "Future[list[_Result]]":
         number = next(self._next_devices)
         if self._pools:
-            call = (str(self._folder), self._devices[number], self.dtype, continuations)
+            call = partial(
+                _on_device,
+                str(self._folder),
+                self._devices[number],
+                self.dtype,
+                begin,
+                continuations,
+            )
             others = set(active_children())
             try:
                 with (
                     safe_child_imports(),
                     signals_deferred(),
                 ):  # the first call starts a process
-                    running = self._pools[number].submit(_on_device, *call)
+                    running = self._pools[number].submit(call)
                     self._processes |= set(active_children()) - others
                 return running
             except BrokenProcessPool:
@@ -96,8 +118,8 @@ class DevicePool:
             self._model, _, _ = load_model_folder(
                 self._folder, torch.device(self._devices[0]), self.dtype
             )
-        begun: Future[list[float]] = Future()
-        self._begun.append((begun, begun_log_probabilities(self._model, continuations)))
+        begun: Future[list[_Result]] = Future()
+        self._begun.append((begun, begin(self._model, continuations)))
         if len(self._begun) > _BATCHES_AHEAD:
             self._finish_first()
         return begun
@@ -106,8 +128,8 @@ class DevicePool:
         begun, finish = self._begun.popleft()
         begun.set_result(finish())
 
-    def result(self, future: "Future[list[float]]") -> list[float]:
-        """The log-probabilities, once computed. Raises LaunchError if the process was killed."""
+    def result(self, future: "Future[list[_Result]]") -> list[_Result]:
+        """The results, once computed. Raises LaunchError if the process was killed."""
         while self._begun and not future.done():
             self._finish_first()
         try:
@@ -137,6 +159,10 @@ def _loaded(folder: str, device: str, dtype: torch.dtype) -> ReverseGPT:
 
 
 def _on_device(
-    folder: str, device: str, dtype: torch.dtype, continuations: Sequence[Continuation]
-) -> list[float]:
-    return log_probabilities(_loaded(folder, device, dtype), continuations)
+    folder: str,
+    device: str,
+    dtype: torch.dtype,
+    begin: _Begin[_Result],
+    continuations: Sequence[Continuation],
+) -> list[_Result]:
+    return begin(_loaded(folder, device, dtype), continuations)()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
 from torch import Tensor
 
 from megaback.inference.steps import Steps, finish
@@ -21,6 +22,7 @@ from megaback.model.sending import Arriving, sent
 
 _TOKENS_AT_ONCE = 8192
 _PASSES_AHEAD = 1
+_LOGIT_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,14 @@ class Continuation:
 
     given: Sequence[int]
     written: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """log P(written | given) in nats, and whether greedy decoding would write the same ids."""
+
+    log_probability: float
+    is_greedy: bool
 
 
 def in_packs(continuations: Sequence[Continuation]) -> list[list[int]]:
@@ -64,6 +74,35 @@ def begun_log_probabilities(
         for pack in _packs(continuations, _TOKENS_AT_ONCE)
     ]
     return lambda: [float(terms_W.sum()) for one in passes for terms_W in _terms(*one)]
+
+
+@torch.inference_mode()
+def begun_likelihoods(
+    model: ReverseGPT, continuations: Sequence[Continuation]
+) -> Callable[[], list[Likelihood]]:
+    """`begun_log_probabilities`, and whether each written id is the likeliest one at its place."""
+    passes = []
+    for pack in _packs(continuations, _TOKENS_AT_ONCE):
+        hidden_WD = finish(_read(model, pack))
+        ids = [written_id for one in pack for written_id in one.written]
+        targets_W = sent(torch.tensor(ids, dtype=torch.long), hidden_WD.device)
+        found = [hidden_WD.new_empty((0, 2), dtype=torch.float32)]
+        for part_WD, part_W in zip(
+            torch.split(hidden_WD, _LOGIT_ROWS_AT_ONCE),
+            torch.split(targets_W, _LOGIT_ROWS_AT_ONCE),
+            strict=True,
+        ):
+            logits_WV = model.lm_head(part_WD).float()
+            is_likeliest_W = logits_WV.argmax(-1) == part_W
+            nats_W = F.cross_entropy(logits_WV, part_W, reduction="none")
+            found.append(torch.stack([nats_W, is_likeliest_W.float()], dim=1))
+        passes.append((pack, Arriving(torch.cat(found))))
+    return lambda: [one for pack, found in passes for one in _likelihoods(pack, found)]
+
+
+def _likelihoods(pack: Sequence[Continuation], found: Arriving) -> list[Likelihood]:
+    parts = torch.split(found.result().double(), [len(one.written) for one in pack])
+    return [Likelihood(-float(part_W2[:, 0].sum()), bool(part_W2[:, 1].all())) for part_W2 in parts]
 
 
 def token_log_probabilities(

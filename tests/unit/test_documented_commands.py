@@ -154,7 +154,7 @@ def require_command(words: list[str]) -> None:
     """Check a command line: its options and their values, its arguments, its config keys."""
     is_whole = "…" not in words
     command, words = command_of([word for word in words if word != "…"])
-    context = click.Context(command)
+    context = click.Context(command, **command.context_settings)
     parsed, left, _ = command.make_parser(context).parse_args(list(words))
     assert not left, f"{left} is more than {command.name} takes"
     for parameter in command.params:
