@@ -41,7 +41,11 @@ class Folder:
     steps: int | None
 
     def claim(self, **settings: Any) -> None:
-        """Record the options that decide the figures. Raises ConfigError if others are there."""
+        """Record the options that decide the figures, in a new or empty folder or one of ours.
+
+        Raises ConfigError if others are there, and for a config that cannot be used.
+        """
+        load_config(self.config)
         settings |= {"config": self.config.read_text(encoding="utf-8"), "steps": self.steps}
         text = json.dumps(settings, indent=2) + "\n"
         path = self.out / "settings.json"
@@ -50,6 +54,8 @@ class Folder:
                 f"{self.out} has results of other options, listed in {path}; give another --out"
             )
         if not path.exists():
+            if self.out.exists() and any(self.out.iterdir()):
+                raise ConfigError(f"{self.out} has files of something else; give another --out")
             self.out.mkdir(parents=True, exist_ok=True)
             write_text(path, text)
 

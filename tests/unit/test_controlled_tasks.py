@@ -195,6 +195,8 @@ def test_a_folder_of_other_options_is_refused(tmp_path: Path) -> None:
         folder.claim(digits=3)
     with pytest.raises(ConfigError, match="other options"):
         Folder(folder.out, CONFIG, ("forward",), 1, 6).claim(digits=2)
+    with pytest.raises(ConfigError, match="something else"):
+        Folder(tmp_path, CONFIG, ("forward",), 1, 5).claim(digits=2)
 
 
 def test_a_cell_has_the_standard_error_of_several_seeds() -> None:
