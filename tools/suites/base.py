@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_pipeline.errors import BadRecordError, ConfigError, SourceEmptyError
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.jsonl import read_records
@@ -38,6 +40,8 @@ class SuiteOptions:
     seed: int = 0
     max_new_tokens: int = 100
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+    benchmarks: str | None = None
+    scoring: str = "question"
 
     def need(self, name: str, suite: str) -> str:
         """The value of an option that a suite requires. Raises ConfigError if it is not set."""
@@ -74,6 +78,12 @@ class SuiteResult:
     excluded: int = 0
     """Number of rows that do not fit the context."""
     predictions: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Further facts for JSON, such as the source of the rows."""
+    shown: tuple[str, ...] | None = None
+    """Names of the metrics for the table; None for all."""
+    paired: dict[int, float] = field(default_factory=dict)
+    """Value of the first shown metric for each row, by which two models are compared."""
 
 
 class Evaluated:
@@ -101,6 +111,10 @@ class Evaluated:
     def dtype(self) -> str:
         """Data type of the weights: `float32` or `bfloat16`."""
         return dtype_name(self._dtype)
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        return self._dtype
 
     @cached_property
     def _decoder(self) -> Decoder:
