@@ -5,6 +5,8 @@ needs root and the Slurm packages; where one of them is missing, the tests are s
 reason.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from tests.helpers.small_cluster import (
     running_cluster,
     why_no_cluster,
 )
+from tests.helpers.tiny_run import training_environment
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +83,18 @@ def finished(
         temporary=temporary,
         log=read_log(folder, job_id),
     )
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    write_config: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run of two ranks without Slurm, to its end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    subprocess.run(
+        [sys.executable, "-m", "megaback", "train", write_config(folder), "hardware.processes=2"],
+        env=training_environment(),
+        check=True,
+        timeout=120,
+    )
+    return folder / "run"

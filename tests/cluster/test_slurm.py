@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,6 +23,7 @@ from tests.helpers.small_cluster import (
     read_log,
     wait_for,
 )
+from tests.helpers.tiny_run import metrics_of
 from tests.helpers.wheel_environment import plant
 
 _ENDLESS = {"steps": 100_000, "precision": "fp32"}
@@ -60,27 +60,10 @@ def test_a_job_writes_only_its_log_and_its_run(finished: FinishedRun) -> None:
     assert [path for path in elsewhere if path.is_file()] == []
 
 
-def test_a_job_beside_modules_of_the_same_names_runs_the_installed_wheel(
+def test_a_job_beside_modules_of_the_same_names_runs_the_installed_wheel_in_its_container(
     wheel_python: Path, write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
 ) -> None:
     plant(tmp_path, "launcher", "tools", "data_pipeline", "torch")
-    config = write_config(tmp_path, training={"steps": 2, "precision": "fp32"})
-
-    job_id = slurm.submit(
-        "train.sbatch",
-        config,
-        cwd=tmp_path,
-        options=cpu_options(nodes=1),
-        MEGABACK_ENV=wheel_python.parents[1],
-    )
-
-    slurm.require_completed(job_id, tmp_path)
-    assert last_step(tmp_path / "run") == 2
-
-
-def test_the_ranks_of_a_job_run_in_its_container(
-    write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
-) -> None:
     started, image = tmp_path / "started", tmp_path / "an image.sif"
     apptainer = tmp_path / "bin" / "apptainer"  # a stand-in that runs the command here
     apptainer.parent.mkdir()
@@ -93,6 +76,7 @@ def test_the_ranks_of_a_job_run_in_its_container(
         config,
         cwd=tmp_path,
         options=cpu_options(nodes=1),
+        MEGABACK_ENV=wheel_python.parents[1],
         PATH=f"{apptainer.parent}:{slurm.environment['PATH']}",
         MEGABACK_CONTAINER=image,
     )
@@ -105,12 +89,12 @@ def test_the_ranks_of_a_job_run_in_its_container(
 
 @pytest.mark.timeout(600)
 def test_a_job_at_its_time_limit_saves_and_resumes_with_the_same_metrics(
-    finished: FinishedRun, write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
+    undisturbed: Path, write_config: Callable[..., Path], slurm: Slurm, tmp_path: Path
 ) -> None:
     # The ranks are frozen after a few steps until the signal has arrived, so that the result does
     # not depend on the machine's speed. The time limit is set while they are.
     config, run = write_config(tmp_path), tmp_path / "run"
-    options = f"{cpu_options(tasks_per_node=2)} --signal=B:USR1@110"
+    options = f"{cpu_options()} --signal=B:USR1@110"
     job_id = slurm.submit("train.sbatch", config, cwd=tmp_path, options=options)
     wait_for(lambda: last_step(run) >= 5, 280, lambda: read_log(tmp_path, job_id))
     with held(config) as ranks:
@@ -129,7 +113,7 @@ def test_a_job_at_its_time_limit_saves_and_resumes_with_the_same_metrics(
     slurm.command("scontrol", "update", f"JobId={job_id}", "TimeLimit=10")
     job = slurm.require_completed(job_id, tmp_path)
 
-    assert len(ranks) == 4
+    assert len(ranks) == 2
     assert int(job["Restarts"]) == 1
     log = read_log(tmp_path, job_id)
     assert "asked to stop after" in log
@@ -140,7 +124,7 @@ def test_a_job_at_its_time_limit_saves_and_resumes_with_the_same_metrics(
     assert len(saved) == 2
     assert 5 <= min(saved) < max(saved) == NUM_STEPS
     assert f"newest checkpoint is of step {min(saved)}, and the job is requeued" in log
-    assert _without_timings(run) == _without_timings(finished.run)
+    assert metrics_of(run) == metrics_of(undisturbed)
 
     assert (row["job"], row["state"], row["total_steps"]) == (job_id, "running", NUM_STEPS)
     assert 5 <= row["step"] < NUM_STEPS
@@ -263,10 +247,3 @@ def test_a_copied_sbatch_file_names_the_files_that_it_lacks(slurm: Slurm, tmp_pa
     ).strip()
     assert slurm.wait(job_id, tmp_path)["ExitCode"] == "13:0"
     assert "ranks.sh and network.sh are neither beside" in read_log(tmp_path, job_id)
-
-
-def _without_timings(run: Path) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in line.items() if key not in MACHINE_FIELDS}
-        for line in read_metrics(run)
-    ]

@@ -37,7 +37,7 @@ def test_a_chain_makes_a_model_from_text_and_its_run_resumes_on_more_nodes(
         *("--frame-tokens", 1024, "--tasks", 2, "--out", shards),
         cwd=tmp_path,
     )
-    chain = ("submit", config, "training.steps=3", *SMALL_JOB, "--nodes=2", "--out", out)
+    chain = ("submit", config, "training.steps=3", *SMALL_JOB, "--nodes=1", "--out", out)
     chain = (*chain, "--chain=data,train,convert", "--max-requeues=0")
     before = sorted(tmp_path.rglob("*"))
     shown = slurm.megaback(*chain, "--dry-run", cwd=tmp_path)
@@ -50,7 +50,7 @@ def test_a_chain_makes_a_model_from_text_and_its_run_resumes_on_more_nodes(
 
     assert list(jobs) == ["data", "train", "convert"]
     assert all(f"{stage}: job {job_id}" in said for stage, job_id in jobs.items())
-    for words in ("--array=0-1%32", "afterok:JOB_OF_DATA", "afterok:JOB_OF_TRAIN", "--nodes=2"):
+    for words in ("--array=0-1%32", "afterok:JOB_OF_DATA", "afterok:JOB_OF_TRAIN", "--nodes=1"):
         assert words in shown
     assert "#SBATCH --signal=B:USR1@180" in shown
     assert f"{jobs['convert']} (convert)" in waiting
@@ -63,10 +63,10 @@ def test_a_chain_makes_a_model_from_text_and_its_run_resumes_on_more_nodes(
     assert {path.name for path in snapshot.iterdir()} >= {"train.sbatch", "ranks.sh", "network.sh"}
     assert [path.name for path in tmp_path.glob("*.out")] == []
 
-    slurm.megaback("submit", config, "training.steps=5", *SMALL_JOB, "--nodes=4", cwd=tmp_path)
+    slurm.megaback("submit", config, "training.steps=5", *SMALL_JOB, "--nodes=2", cwd=tmp_path)
     slurm.require_completed(_jobs(run)["train"], run / "logs")
     starts = [line for line in read_history(run) if line["event"] == "start"]
-    assert [(line["step"], line["world_size"]) for line in starts] == [(0, 2), (3, 4)]
+    assert [(line["step"], line["world_size"]) for line in starts] == [(0, 1), (3, 2)]
     assert [line["step"] for line in read_metrics(run) if "loss" in line] == [1, 2, 3, 4, 5]
     row = json.loads(slurm.megaback("jobs", "--json", run, cwd=tmp_path))
     assert (row["state"], row["step"], row["total_steps"]) == ("finished", 5, 5)
