@@ -1,11 +1,12 @@
 """Ranks that save or load checkpoints at every ZeRO stage; see test_resharding.py.
 
-    python -m tests.helpers.reshard_worker CONFIG FOLDER JOBS
+    python -m tests.helpers.reshard_worker JOBS
 
-JOBS is a JSON list of [world size, "save" or "load", pairs, names]: pairs of (saved stage, resumed
-stage), and names ANYTHING-OPTIMIZER or ANYTHING-OPTIMIZER-OFFLOAD. `save` trains three steps at
-each stage and saves as FOLDER/NAME/stage-N; `load` resumes from them at other stages. Both then
-train three more steps and print the losses, one JSON line per pair: name, stages, losses.
+JOBS is a JSON list of [config, world size, "save" or "load", pairs, names]: pairs of (saved stage,
+resumed stage), and names ANYTHING-OPTIMIZER or ANYTHING-OPTIMIZER-OFFLOAD. `save` trains three
+steps at each stage and saves as NAME/stage-N beside the config; `load` resumes from them at other
+stages. Both then train three more steps and print the losses, one JSON line per pair: name, stages,
+losses.
 """
 
 import json
@@ -37,7 +38,7 @@ from tests.helpers.forked_ranks import run_forked
 STEPS = 3
 
 
-def main(path: Path, folder: Path, action: str, pairs: list[list[int]], names: list[str]) -> None:
+def main(path: Path, action: str, pairs: list[list[int]], names: list[str]) -> None:
     """Save or load for each optimizer and pair of stages."""
     world = start_world("cpu", 60)
     for name in names:
@@ -46,7 +47,7 @@ def main(path: Path, folder: Path, action: str, pairs: list[list[int]], names: l
             overrides = (f"zero.stage={stage}", f"zero.offload={offload}")
             config = load_config(path, (*overrides, f"optimizer.name={optimizer}"))
             engine = new_engine(config, world)
-            run = folder / name / f"stage-{saved_stage}"
+            run = path.parent / name / f"stage-{saved_stage}"
             if action == "save":
                 train(engine, config, world, 0)
                 save(engine, run, config, world)
@@ -155,6 +156,5 @@ def report(world: World, name: str, saved_stage: int, stage: int, losses: list[f
 
 
 if __name__ == "__main__":
-    config_path, run_folder = map(Path, sys.argv[1:3])
-    for size, *job in json.loads(sys.argv[3]):
-        run_forked(size, partial(main, config_path, run_folder, *job))
+    for config_path, size, *job in json.loads(sys.argv[1]):
+        run_forked(size, partial(main, Path(config_path), *job))

@@ -17,7 +17,13 @@ from data_pipeline.errors import PreemptedError, RunMismatchError, UserInterrupt
 from megaback.faults.exit_record import read_history
 from megaback.run_folder import complete_checkpoints
 from tests.helpers.interrupting import hearing_ctrl_c
-from tests.helpers.tiny_run import TOTAL_STEPS, metrics_of, training_environment, wait_for_step
+from tests.helpers.tiny_run import (
+    TOTAL_STEPS,
+    curve_of,
+    metrics_of,
+    training_environment,
+    wait_for_step,
+)
 from tests.helpers.warm_ranks import WarmRanks
 from tools.watch import health_of
 
@@ -42,7 +48,10 @@ class Stop:
 def preempted_run(
     tmp_path_factory: pytest.TempPathFactory, start_training: Start, train: Train
 ) -> tuple[Path, dict[str, Stop]]:
-    """A run stopped by SIGTERM, resumed, stopped by SIGUSR1, resumed to its end, with wandb."""
+    """A run stopped by SIGTERM, resumed, stopped by SIGUSR1, resumed to its end, with wandb.
+
+    `stopped` beside it is a copy after the first stop.
+    """
     run = tmp_path_factory.mktemp("preempted") / "run"
     options = ("zero.stage=2", "logging.wandb=offline")
     stops: dict[str, Stop] = {}
@@ -51,6 +60,8 @@ def preempted_run(
         wait_for_step(process, run, step)
         process.send_signal(number)
         exit_code = process.wait(timeout=60)
+        if not stops:
+            shutil.copytree(run, run.with_name("stopped"))
         newest = max(path.name for path in (run / "checkpoints").glob("step-*"))
         stops[name] = Stop(exit_code, metrics_of(run)[-1]["step"], newest)
     result = train(run, *options)
@@ -79,6 +90,18 @@ def test_a_run_stopped_by_signals_has_bitwise_the_metrics_of_one_that_was_not(
     preempted_run: tuple[Path, dict[str, Stop]], run_of: RunOf
 ) -> None:
     assert metrics_of(preempted_run[0]) == metrics_of(run_of("zero.stage=2"))
+
+
+def test_a_stopped_run_resumes_with_fewer_ranks_at_another_stage(
+    preempted_run: tuple[Path, dict[str, Stop]], train_one_rank: Train, run_of: RunOf
+) -> None:
+    run = preempted_run[0].with_name("stopped")
+
+    result = train_one_rank(run, "zero.stage=3")
+
+    assert result.returncode == 0, result.stderr
+    assert "of 2 ranks at ZeRO stage 2 is resumed with 1 ranks at stage 3" in result.stderr
+    assert curve_of(run) == pytest.approx(curve_of(run_of("zero.stage=2")), abs=1e-4)
 
 
 def test_a_signal_prints_one_message(
