@@ -39,7 +39,10 @@ class WarmRanks:
             rank.stdin.write(json.dumps(request) + "\n")
             rank.stdin.flush()
         answers = [rank.stdout.readline() for rank in self._ranks if rank.stdout is not None]
-        problems = [json.loads(answer) if answer else "the rank has died" for answer in answers]
+        problems = [
+            json.loads(answer) if answer else self._how_died(number)
+            for number, answer in enumerate(answers)
+        ]
         if any(problems):
             self.close()  # other ranks may be waiting for the failed one
         assert not any(problems), "\n".join(filter(None, problems)) + output.read_text()
@@ -51,11 +54,14 @@ class WarmRanks:
             rank.communicate()
         self._ranks = []
 
+    def _how_died(self, rank: int) -> str:
+        return f"rank {rank} has died with code {self._ranks[rank].wait(60)}\n"
+
     def _start(self) -> None:
         environment = training_environment() | rank_environment(self._world_size)
         self._ranks = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.helpers.warm_rank"],
+                [sys.executable, "-X", "faulthandler", "-m", "tests.helpers.warm_rank"],
                 env=environment | names,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
