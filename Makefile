@@ -34,12 +34,13 @@ UV_VERSION := 0.13.9
 PYTHON_VERSION ?= 3.12
 EXTRAS ?=
 
-.PHONY: demo test gpu-test fuzz fuzz-properties flash-test lint format reference docs lock wheelhouse clean help
+.PHONY: demo test pytest gpu-test fuzz fuzz-properties flash-test lint format reference docs lock wheelhouse clean help
 
 help:
 	@echo "make demo        text to shards to training to a backward sample, in minutes"
 	@echo "make test        linters, type checker and every test that this machine can run, in three"
 	@echo "                 processes; TEST_PROCESSES=N for more"
+	@echo "make pytest      the tests of make test alone"
 	@echo "make gpu-test    check and measure what only a GPU can show, in $(MINUTES) minutes; the report is"
 	@echo "                 $(OUT)/report.md; OUT=DIR, PARTS=a,b, MINUTES=N, AGAIN=yes,"
 	@echo "                 WHEELHOUSE=DIR to install from there, for the torch of PYTHON"
@@ -95,10 +96,13 @@ docs: $(DOCS_INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/mkdocs build --quiet --strict
 	@echo "docs: build/site/index.html"
 
-# A test that fails is run once more, and shown with its first failure even if it then passes.
 test: lint
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --durations=60 --reruns 1 --rerun-show-tracebacks
+	$(MAKE) --no-print-directory pytest
 	$(MAKE) --no-print-directory flash-test
+
+# A test that fails is run once more, and shown with its first failure even if it then passes.
+pytest: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --durations=60 --reruns 1 --rerun-show-tracebacks
 
 # A venv made by another venv sees only the packages of the Python below both, so it gets a .pth file.
 $(GPU_VENV)/.installed: $(wildcard $(WHEELHOUSE)/*.whl)
