@@ -11,8 +11,10 @@ from click.types import StringParamType
 from rich.table import Table
 
 from data_pipeline.common.command import Command, examples
+from data_pipeline.common.figures import require_matplotlib, write_picture
 from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.common.output_paths import (
+    is_our_picture,
     json_lines_with,
     json_object_with,
     overwrite_option,
@@ -209,6 +211,11 @@ def _differences_table(found: "Mapping[str, Metric]") -> Table:
     help="File to write the results to, as JSON.",
 )
 @click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to draw the accuracies of benchmarks to, as PNG.",
+)
+@click.option(
     "--predictions",
     type=click.Path(allow_dash=True),
     help="File to write the prediction for each row to, as JSON lines; - for stdout.",
@@ -223,6 +230,7 @@ def main(
     forward: Path | None,
     against: Path | None,
     out: Path | None,
+    plot: Path | None,
     predictions: str | None,
     overwrite: bool,
     device: str | None,
@@ -234,14 +242,19 @@ def main(
     suite_names = [*dict.fromkeys(name for some in names for name in some.split(","))]
     if against is not None and not set(suite_names) <= set(_BENCHMARKS):
         raise ConfigError("--against compares benchmarks only; run the other suites by themselves")
+    if plot is not None:
+        if not set(suite_names) & {*_BENCHMARKS} - {"lambada"}:
+            raise ConfigError("--plot draws accuracies of benchmarks, and no suite has one")
+        require_matplotlib("--plot")
     inputs = (folder, forward, against, options["rows"], options["passages"], options["shards"])
     for option, path, is_ours in (
         ("--out", out, json_object_with("model", "suites")),
+        ("--plot", plot, is_our_picture),
         ("--predictions", predictions, json_lines_with(suite=str)),
     ):
         if path is not None:
             require_output(path, inputs, is_ours=is_ours, overwrite=overwrite, option=option)
-    require_distinct(out=out, predictions=predictions)
+    require_distinct(out=out, plot=plot, predictions=predictions)
     from tools.suites.base import Evaluated, SuiteOptions
 
     given, suites = SuiteOptions(**options), _suites()
@@ -264,6 +277,11 @@ def main(
     if out is not None:
         text = json.dumps(report, indent=2) + "\n"
         write_output(out, text, overwrite=overwrite)
+    if plot is not None:
+        from tools.suites.benchmarks_figure import benchmarks_figure
+
+        drawn = [(str(folder), results), *([(str(against), second)] if second else [])]
+        write_picture(benchmarks_figure(drawn), plot, overwrite=overwrite)
     if predictions is not None:
         with writing_lines(predictions, overwrite=overwrite) as writer:
             for name, result in results.items():

@@ -162,7 +162,12 @@ def test_both_directions_are_compared_on_the_same_rows(
     out = tmp_path / "out.json"
     names = "openbookqa,winogrande,mmlu,lambada"
     arguments = ("--suite", names, "--benchmarks", saved, "--against", folders[Direction.FORWARD])
-    result = evaluate(folders[Direction.BACKWARD], *arguments, "--scoring", "ratio", "--out", out)
+    picture = tmp_path / "benchmarks.png"
+    result = evaluate(
+        folders[Direction.BACKWARD],
+        *arguments,
+        *("--scoring", "ratio", "--out", out, "--plot", picture),
+    )
 
     assert result.exit_code == 0, result.output
     report = json.loads(out.read_text())
@@ -180,6 +185,7 @@ def test_both_directions_are_compared_on_the_same_rows(
     assert forward["lambada"]["metrics"]["perplexity"]["value"] > 1
     assert "bits/byte" in backward["lambada"]["metrics"]
     assert "ratio" in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert "normalized" not in result.output
 
 
@@ -204,6 +210,8 @@ def test_other_rows_are_refused(saved: Path, folders: dict[Direction, Path]) -> 
     assert result.exit_code == 2
     result = evaluate(folder, "--suite", "bits-per-byte", "--against", folder)
     assert "compares benchmarks only" in result.output
+    result = evaluate(folder, "--suite", "lambada", "--plot", saved / "a.png")
+    assert "no suite has one" in result.output
 
 
 def test_rows_of_a_local_data_set_are_read_as_those_of_the_hub(tmp_path: Path) -> None:
