@@ -113,6 +113,11 @@ def collectives_path(run: Path, rank: int) -> Path:
     return run / COLLECTIVES_FOLDER / f"rank-{rank:05d}.jsonl"
 
 
+def collectives_paths(run: Path) -> list[Path]:
+    """Paths of such records, by rank."""
+    return sorted((run / COLLECTIVES_FOLDER).glob("rank-*.jsonl"))
+
+
 def memory_path(run: Path, rank: int, suffix: str) -> Path:
     """Path of a file about the memory of a rank that ran out of it."""
     return run / MEMORY_FOLDER / f"rank-{rank:05d}{suffix}"

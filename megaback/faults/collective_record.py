@@ -17,7 +17,7 @@ from data_pipeline.common.checked_json import made_from, parse_json, require_wit
 from data_pipeline.common.number_ranges import INT64_MAX, MANY
 from data_pipeline.common.regular_files import open_in_place
 from megaback.faults.run_records import Fields, lines_of
-from megaback.run_folder import COLLECTIVES_FOLDER, collectives_path
+from megaback.run_folder import collectives_path, collectives_paths
 
 _MAX_BYTES = 1 << 20
 _MAX_WAITING = 100
@@ -114,7 +114,7 @@ def write_collectives(
 def read_collectives(run: Path, start: str | None) -> list[CollectiveRecord]:
     """The records of a start, by rank; invalid files are skipped."""
     found = []
-    for path in sorted((run / COLLECTIVES_FOLDER).glob("rank-*.jsonl")):
+    for path in collectives_paths(run):
         with suppress(OSError, ValueError, TypeError):
             record = made_from(CollectiveRecord, parse_json(next(lines_of(path, _MAX_BYTES), b"")))
             require_within("world_size", record.world_size, 1, int(MANY.max))

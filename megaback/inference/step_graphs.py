@@ -126,7 +126,7 @@ class StepGraphs:
             reason = " ".join(str(error).split())
             _LOG.warning(
                 "CUDA graphs could not be captured (%.300s); text is written with %d of them, and "
-                "slower without; --no-cuda-graphs does not try",
+                "slower without; `cuda_graphs=False` does not try",
                 reason,
                 len(self._steps) + len(self._choices),
             )

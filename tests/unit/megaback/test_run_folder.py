@@ -17,6 +17,7 @@ HOMES = {
     "megaback/run_folder.py",
     "data_pipeline/shards/manifest.py",  # the tokenizer's name, which checkpoints share
     "data_pipeline/build/train_command.py",  # cannot import megaback, and looks for runs nearby
+    "megaback/planning/host_memory.py",  # a controller of cgroups has the name of a folder
 }
 
 

@@ -1,6 +1,7 @@
 """metrics.jsonl of an interrupted run is that of an uninterrupted one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from data_pipeline.errors import CheckpointCorruptError
 from megaback.run_folder import METRICS_NAME
 from megaback.tracking.loss_by_context import ContextLoss, Loss
-from megaback.tracking.metrics import MACHINE_FIELDS, StepRecord, read_metrics
+from megaback.tracking.metrics import MACHINE_FIELDS, RankTimes, StepRecord, read_metrics
 from megaback.tracking.metrics_log import MetricsLog
 from tests.helpers.run_config import run_config
 
@@ -223,7 +224,9 @@ def test_the_console_omits_a_small_data_wait(
 
 
 def test_machine_fields_are_those_that_depend_on_the_machine(tmp_path: Path) -> None:
-    write_steps(open_log(tmp_path, share=0.1), 1, 1)
+    log = open_log(tmp_path, share=0.1)
+    log.train(replace(record(1), rank_times=RankTimes(1, 0.2, 0.1)))
+    log.close()
     with_loss = {"step", "loss", "targets", "learning_rate", "gradient_norm", "tokens_seen"}
 
     assert set(read_metrics(tmp_path)[0]) - with_loss == MACHINE_FIELDS
