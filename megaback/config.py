@@ -21,6 +21,7 @@ from data_pipeline.redaction import shown_url
 from data_pipeline.storage.address_variables import kept
 from data_pipeline.text.codec import Direction
 from megaback.config_section import Section
+from megaback.config_validation import ValidationSection
 
 LOSS_CHUNK_TOKENS = 512
 Address = Annotated[str, AfterValidator(kept)]
@@ -337,22 +338,6 @@ class GuardSection(Section):
     skipped. Default: no limit."""
     window_steps: Annotated[int, ranges.COUNT] = 100
     """Length of the window of the last updates, in steps; until it is full, nothing is a spike."""
-
-
-class ValidationSection(Section):
-    every_steps: Annotated[int, ranges.COUNT] | None = None
-    """Interval between measurements of the whole val set, in steps, besides those at the start and
-    at the end of the run."""
-    patience: Annotated[int, ranges.COUNT] | None = None
-    """Number of consecutive measurements without a new best after which the run ends (early
-    stopping). The best checkpoint is kept, and named in `checkpoints/best`. Default: no early
-    stopping."""
-
-    @model_validator(mode="after")
-    def _patience_has_validations(self) -> "ValidationSection":
-        if self.patience is not None and self.every_steps is None:
-            raise ValueError("patience counts measurements, so it needs every_steps too")
-        return self
 
 
 class CheckpointSection(Section):

@@ -18,9 +18,29 @@ from data_pipeline.loading.row_grid import RowGrid
 from data_pipeline.loading.rows import Batch, RowReader
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.frame_cache import CacheSettings
-from data_pipeline.text.codec import TextCodec, TextFormat
+from data_pipeline.text.chat_format import ChatFormat
+from data_pipeline.text.codec import Prompt, TextCodec, TextFormat
 from megaback.config import BatchSection, Config, DataSection, split_batch
 from megaback.planning.data_facts import attended_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenTexts:
+    """Texts that the model continues at each validation, in its direction."""
+
+    texts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
+    codec: TextCodec
+    is_of_examples: bool
+    """Whether they are the given side of instruction examples."""
+
+    def whole(self, number: int, new_ids: Sequence[int]) -> str:
+        """A given text with what is written, in reading order; of an example the latter alone."""
+        if self.is_of_examples:
+            return self.codec.render(new_ids)
+        if not new_ids:
+            return self.texts[number]
+        return self.codec.render([*self.prompts[number].ids, *new_ids])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +58,7 @@ class Data:
     accumulation_steps: int
     total_steps: int
     val: tuple[RowReader, ...]
+    given: GivenTexts
 
     @property
     def has_val(self) -> bool:
@@ -198,11 +219,12 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
     shards = open_shards(section)
     streams = shards.streams(batch, config.training.seed)
     val = shards.val_rows(batch.context_tokens)
-    if config.validation.patience is not None and not val:
-        raise ConfigError(
-            f"validation.patience needs a val set, and {section.description} has none; "
-            "build one with `megaback shards build --val-fraction`, or remove validation.patience"
-        )
+    for key in ("patience", "samples"):
+        if getattr(config.validation, key) and not val:
+            raise ConfigError(
+                f"validation.{key} needs a val set, and {section.description} has none; build one "
+                f"with `megaback shards build --val-fraction`, or remove validation.{key}"
+            )
     micro_batch_rows, accumulation_steps = split_batch(batch, world_size)
     steps = config.training.steps
     if steps is None:
@@ -227,6 +249,28 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
         accumulation_steps=accumulation_steps,
         total_steps=steps,
         val=val,
+        given=_given_texts(config, shards),
+    )
+
+
+def _given_texts(config: Config, shards: OpenShards) -> GivenTexts:
+    """Those of `validation.samples`. Raises ConfigError for one that does not fit the context."""
+    section, context_tokens = config.validation, config.batch.context_tokens
+    is_of_examples = shards.data_sets[0].manifest.row_tokens is not None
+    codec = shards.codec
+    if config.data.direction is not codec.format.direction:
+        codec = TextCodec(codec.model_bytes, config.data.direction, codec.format.unit)
+    prompt_of = ChatFormat(codec).prompt if is_of_examples else codec.prompt
+    prompts = tuple(prompt_of(given) for given in section.samples)
+    for number, prompt in enumerate(prompts):
+        if len(prompt.ids) + section.sample_tokens > context_tokens:
+            raise ConfigError(
+                f"validation.samples[{number}] is read as {len(prompt.ids):,} tokens, and "
+                f"sample_tokens is {section.sample_tokens:,}: together more than the "
+                f"{context_tokens:,} of batch.context_tokens; give a shorter text or fewer tokens"
+            )
+    return GivenTexts(
+        texts=section.samples, prompts=prompts, codec=codec, is_of_examples=is_of_examples
     )
 
 

@@ -1,7 +1,7 @@
 """`megaback plot`: loss, learning rate, gradient norm and throughput of runs, in one figure.
 
-Writes a PNG, and a self-contained HTML page with the same figure, a table of the runs, and the
-differences between their configs.
+Writes a PNG, and a self-contained HTML page with the same figure, a table of the runs, the
+differences between their configs, and the newest samples of each.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,9 @@ from data_pipeline.common.output_paths import (
     write_output,
 )
 from data_pipeline.errors import CheckpointMissingError
-from megaback.run_folder import METRICS_NAME
+from megaback.run_folder import METRICS_NAME, SAMPLES_NAME
 from megaback.tracking.run_progress import runs_below
+from megaback.tracking.samples_log import read_samples
 from tools.run_views.curves import Axis, RunCurves, differences, names_of, read_curves
 from tools.run_views.curves_figure import COLORS, Style, curves_figure, svg_of
 
@@ -67,13 +68,18 @@ def draw(
     look = Style(axis, max(1, longest // _SMOOTHED_SHARE) if smooth is None else smooth, log)
     figure = curves_figure(curves, look)
     write_picture(figure, picture, overwrite=overwrite)
-    text = page_of(svg_of(figure), curves, differences(runs))
+    text = page_of(svg_of(figure), curves, differences(runs), _newest_samples(runs))
     write_output(page, text, overwrite=overwrite)
     return [picture, page]
 
 
-def page_of(svg: str, curves: Sequence[RunCurves], unequal: Sequence[tuple[str, list[str]]]) -> str:
-    """A self-contained HTML page."""
+def page_of(
+    svg: str,
+    curves: Sequence[RunCurves],
+    unequal: Sequence[tuple[str, list[str]]],
+    samples: Sequence[tuple[str, int, str]] = (),
+) -> str:
+    """A self-contained HTML page. `samples`: run, step and text of each."""
     title = escape(", ".join(one.name for one in curves))
     rows = [_row(one, COLORS[number % len(COLORS)]) for number, one in enumerate(curves)]
     heads = ("run", "steps", "loss", "val loss", "lowest val loss", "tokens/s", "starts")
@@ -86,7 +92,23 @@ def page_of(svg: str, curves: Sequence[RunCurves], unequal: Sequence[tuple[str, 
         names = ("difference", *(escape(one.name) for one in curves))
         cells = [[escape(key), *map(escape, values)] for key, values in unequal]
         parts.append(_table(names, cells))
+    if samples:
+        texts = [[escape(run), f"{step:,}", escape(text)] for run, step, text in samples]
+        parts.append(_table(("run", "step", "sample"), texts))
     return "\n".join([*parts, "</body></html>\n"])
+
+
+def _newest_samples(runs: Sequence[Path]) -> list[tuple[str, int, str]]:
+    """Run, step and text of the samples at each run's last validation that has some."""
+    found = []
+    for run, name in zip(runs, names_of(runs), strict=True):
+        lines = read_samples(run) if (run / SAMPLES_NAME).is_file() else []
+        found += [
+            (name, line["step"], line["text"])
+            for line in lines
+            if line["step"] == lines[-1]["step"]
+        ]
+    return found
 
 
 def _row(run: RunCurves, color: str) -> list[str]:

@@ -175,6 +175,8 @@ SIZE = _whole(1, (1 << 31) - 1)
 LAYERS = _whole(1, 4096)
 """Layers of a model: each takes time before memory is checked."""
 CONTEXT = _whole(2, 1 << 24)
+SAMPLE_TOKENS = _whole(1, 4096)
+"""Tokens of a sample that is kept as one line of a record, which has at most 1 MiB."""
 """Tokens of a row; a frame has one or more rows."""
 FEW = _whole(1, 1000)
 """Samples, candidates: each takes memory while it is generated."""

@@ -6,7 +6,7 @@ their parameter names in transformers. The model is independent of the direction
 next id.
 
 Shapes: T packed tokens, D width, H query heads, K key and value heads, E head dimension, F MLP
-width, V vocabulary.
+width, V vocabulary, S segments.
 """
 
 from collections.abc import Callable
@@ -246,15 +246,21 @@ class ReverseGPT(nn.Module):
         return logits_TV
 
     def forward(
-        self, ids_T: Tensor, targets_T: Tensor, positions_T: Tensor, segments: Segments
+        self, ids_T: Tensor, targets_T: Tensor | None, positions_T: Tensor, segments: Segments
     ) -> Tensor:
         """Cross-entropy of each target in nats, 0 where it is ignored: shape (T,), in fp32.
+
+        Without targets, the logits of the id after each segment: shape (segments, V). Calls of the
+        module, unlike those of `logits`, may be made through DeepSpeed at any stage.
 
         In training, the gradient includes that of the z-loss, z_loss * log(sum(exp(logits)))^2
         (Chowdhery et al., "PaLM", 2022); the value does not. The losses can be summed or averaged,
         not weighted: their gradient is that of their sum (`OutputHead`).
         """
         hidden_TD = self.hidden(ids_T, positions_T, segments)
+        if targets_T is None:
+            logits_SV: Tensor = self.lm_head(hidden_TD[segments.cu_seqlens[1:] - 1])
+            return logits_SV
         nats_T: Tensor = self.lm_head(hidden_TD, targets_T, self.z_loss if self.training else 0.0)
         return nats_T
 

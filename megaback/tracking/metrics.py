@@ -25,6 +25,7 @@ MACHINE_FIELDS = frozenset(
         "slowest_rank",
         "slowest_forward_s",
         "forward_lag_s",
+        "sample_s",
     }
 )
 """Fields that depend on the machine's speed: they differ between equal runs."""

@@ -9,6 +9,7 @@ import math
 import statistics
 import sys
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,9 +26,12 @@ from megaback.faults.start_fence import NO_FENCE, Fence
 from megaback.run_folder import METRICS_NAME
 from megaback.tracking.loss_by_context import ContextLoss
 from megaback.tracking.metrics import MIN_DATA_WAIT_SHARE, StepRecord, read_metrics
+from megaback.tracking.samples_log import SamplesLog
 from megaback.tracking.tracker import BEFORE_ALL_STEPS
 from megaback.tracking.trackers import Trackers
 
+_SHOWN_CHARACTERS = 200
+"""Characters of a sample on the console."""
 _RECENT_STEPS = 50
 """Number of steps from whose durations the time left is estimated."""
 
@@ -54,6 +58,7 @@ class MetricsLog:
         if resumed_step and path.exists():
             kept = [line for line in read_metrics(config.run) if line["step"] <= resumed_step]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept), fence.replace)
+        self._samples = SamplesLog(config.run, resumed_step, fence)
         self._fence = fence
         self._file = path.open("a", encoding="utf-8")
         self._step_tokens = config.batch.global_batch_rows * config.batch.context_tokens
@@ -110,9 +115,10 @@ class MetricsLog:
         """Record a step that a rollback excluded."""
         self._write({"step": step, "excluded": True})
 
-    def validation(self, step: int, measured: ContextLoss) -> None:
-        """Record a validation."""
+    def validation(self, step: int, measured: ContextLoss, sample_s: float | None = None) -> None:
+        """Record a validation, of which writing samples took `sample_s`."""
         whole = measured.whole
+        timing = {} if sample_s is None else {"sample_s": sample_s}
         self._write(
             {
                 "step": step,
@@ -128,11 +134,22 @@ class MetricsLog:
                     for name, one in measured.by_context.items()
                 },
             }
+            | timing
         )
         self.message(
             f"step {step}/{self._total_steps}  val loss {whole.nats_per_token:.4f} nats/token, "
             f"{whole.bits_per_byte or 0:.4f} bits/byte over {whole.num_targets:,} tokens"
         )
+
+    def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Record samples: each given text, and the text with what was written."""
+        self._samples.write(step, texts)
+        for given, text in texts:
+            line = " ".join(text.split())
+            if len(line) > _SHOWN_CHARACTERS:
+                is_ending = text.endswith(given)
+                line = f"…{line[-_SHOWN_CHARACTERS:]}" if is_ending else line[:_SHOWN_CHARACTERS]
+            self.message(f"step {step}/{self._total_steps}  sample: {line}")
 
     def close(self) -> None:
         if self._progress is not None:

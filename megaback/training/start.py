@@ -81,12 +81,15 @@ def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
 def require_readable(run: Path) -> None:
     """Raises RunMismatchError or CheckpointCorruptError if a resume cannot read the run's files."""
     from megaback.faults.step_guard import read_excluded_steps
-    from megaback.run_folder import METRICS_NAME
+    from megaback.run_folder import METRICS_NAME, SAMPLES_NAME
     from megaback.tracking.metrics import read_metrics
+    from megaback.tracking.samples_log import read_samples
 
     read_excluded_steps(run)
     if (run / METRICS_NAME).exists():
         read_metrics(run)
+    if (run / SAMPLES_NAME).exists():
+        read_samples(run)
 
 
 def _flat(fields: Mapping[str, Any], before: str = "") -> dict[str, Any]:

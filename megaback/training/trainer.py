@@ -24,6 +24,7 @@ from megaback.distributed.world import CollectiveExit, Reduction, World, attempt
 from megaback.faults.run_lock import release_lock
 from megaback.faults.step_guard import StepGuard, guarded_steps
 from megaback.faults.stop_request import StopRequest
+from megaback.inference.sampling import SamplingOptions
 from megaback.optim.lr_schedule import rate_factor_at
 from megaback.run_folder import METRICS_NAME
 from megaback.tracking.metrics import RankTimes, StepRecord, read_metrics
@@ -34,6 +35,7 @@ from megaback.training.early_stopping import EarlyStopping, mark_best, read_meas
 from megaback.training.forward_time import ForwardTime, with_rank, without_rank
 from megaback.training.history_gap import history_gap
 from megaback.training.run import Run, batch_arithmetic
+from megaback.training.samples import write_samples
 from megaback.training.start import describe_changes
 from megaback.training.validation import evaluate, to_device
 
@@ -249,10 +251,37 @@ class Trainer:
             lambda: run.watchdog.set_phase("validating", done),
             is_compiled=run.compiler is not None,
         )
-        self._record(lambda log: log.validation(done, measured))
+        texts, sample_s = self._write_samples(done)
+        self._record(lambda log: log.validation(done, measured, sample_s))
+        if texts:
+            self._record(lambda log: log.samples(done, texts))
         loss = measured.whole.nats_per_token
         self._early_stopping.measured(done, loss)
         return loss
+
+    def _write_samples(self, done: int) -> tuple[list[tuple[str, str]], float | None]:
+        """Each given text of `validation.samples` and the whole one, and the time in seconds."""
+        run, given = self._run, self._run.data.given
+        if not given.texts:
+            return [], None
+        started = monotonic()
+        samples = write_samples(
+            run.engine,
+            given.prompts,
+            given.codec,
+            SamplingOptions(
+                max_new_tokens=run.config.validation.sample_tokens,
+                temperature=run.config.validation.sample_temperature,
+                seed=run.config.training.seed,
+            ),
+            done,
+            run.data.micro_batch_rows,
+            self._world.device,
+            lambda: run.watchdog.set_phase("writing samples", done),
+            is_compiled=run.compiler is not None,
+        )
+        whole = map(given.whole, range(len(samples)), samples)
+        return list(zip(given.texts, whole, strict=True)), monotonic() - started
 
     def _save(self, done: int) -> None:
         self._world.stop_if_any(self._log_error)  # a checkpoint never lacks the lines before it

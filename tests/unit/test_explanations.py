@@ -62,9 +62,11 @@ def first_word(text: str) -> str:
 
 
 def config_fields() -> dict[str, str | None]:
-    tree = ast.parse((ROOT / "megaback/config.py").read_text(encoding="utf-8"))
+    names = ("config.py", "config_validation.py")
+    trees = [ast.parse((ROOT / "megaback" / name).read_text(encoding="utf-8")) for name in names]
     return {
         f"{section.name}.{field.target.id}": text
+        for tree in trees
         for section in tree.body
         if isinstance(section, ast.ClassDef)
         for field, text in explained(ast.Module(section.body, []))

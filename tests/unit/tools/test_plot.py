@@ -1,5 +1,6 @@
 """`megaback plot`: a picture and a self-contained page of runs."""
 
+import json
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from megaback.run_folder import METRICS_NAME
+from megaback.run_folder import METRICS_NAME, SAMPLES_NAME
 from tests.helpers.runs import finished_steps
 from tools.plot import main as plot_command
 
@@ -59,6 +60,24 @@ def test_a_page_is_self_contained_and_shows_the_results(run_of: Steps, tmp_path:
     plot(*runs, "--out", tmp_path / "curves", "--by", "tokens")
     after = (tmp_path / "curves.html").read_bytes(), (tmp_path / "curves.png").read_bytes()
     assert after == before
+
+
+def test_a_page_shows_the_newest_samples(run_of: Steps, tmp_path: Path) -> None:
+    run = run_of("run", 20)
+    lines = [(0, "a first one"), (20, "<b>once</b> upon"), (20, "The end")]
+    (run / SAMPLES_NAME).write_text(
+        "".join(
+            json.dumps({"step": step, "given": "", "text": text}) + "\n" for step, text in lines
+        )
+    )
+
+    assert plot(run, "--out", tmp_path / "curves").exit_code == 0
+
+    page = _Loads()
+    page.feed((tmp_path / "curves.html").read_text())
+    assert "<b>once</b> upon" in page.text
+    assert "The end" in page.text
+    assert "a first one" not in page.text
 
 
 def test_a_folder_is_replaced_by_the_runs_below_it(run_of: Steps, tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import CheckpointCorruptError
-from megaback.run_folder import METRICS_NAME
+from megaback.run_folder import METRICS_NAME, SAMPLES_NAME
 from megaback.tracking.loss_by_context import ContextLoss, Loss
 from megaback.tracking.metrics import MACHINE_FIELDS, RankTimes, StepRecord, read_metrics
 from megaback.tracking.metrics_log import MetricsLog
+from megaback.tracking.samples_log import read_samples
 from tests.helpers.run_config import run_config
 
 STEP_TOKENS = 4 * 64
@@ -93,6 +94,43 @@ def test_a_validation_line_has_the_documented_fields(run: Path) -> None:
             "2": {"loss": 5.3, "bits_per_byte": 1.9, "targets": 6},
         },
     }
+
+
+def test_the_time_of_samples_and_their_texts_are_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = open_log(tmp_path)
+    long = "The end" + " and so on" * 30
+    log.validation(3, MEASURED, 0.5)
+    log.samples(3, [("the end", "so\n\x1b[2Jit is the end"), ("The end", long)])
+    log.samples(6, [("end", long + " end")])
+    log.close()
+
+    assert read_metrics(tmp_path)[0]["sample_s"] == 0.5
+    assert [(line["step"], line["text"]) for line in read_samples(tmp_path)] == [
+        (3, "so\n\x1b[2Jit is the end"),
+        (3, long),
+        (6, long + " end"),
+    ]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1] == "step 3/25  sample: so \\x1b[2Jit is the end"
+    assert shown[2] == f"step 3/25  sample: {long[:200]}"
+    assert shown[3].startswith("step 6/25  sample: …")
+    assert shown[3].endswith(" on end")
+    open_log(tmp_path, 3).close()
+    assert [line["step"] for line in read_samples(tmp_path)] == [3, 3]
+    open_log(tmp_path).close()
+    assert read_samples(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "line", ['["step"]', '{"step": 1, "given": ""}', '{"step": "1", "given": "", "text": ""}']
+)
+def test_samples_of_another_form_are_refused(line: str, tmp_path: Path) -> None:
+    (tmp_path / SAMPLES_NAME).write_text(f'{{"step": 1, "given": "", "text": ""}}\n{line}\n')
+
+    with pytest.raises(CheckpointCorruptError, match="line 2 is not a sample"):
+        open_log(tmp_path, 3)
 
 
 def test_mfu_is_inversely_proportional_to_the_time_of_a_step(tmp_path: Path) -> None:

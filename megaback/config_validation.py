@@ -1,0 +1,48 @@
+"""Section `validation` of the config. Loads no torch."""
+
+from typing import Annotated
+
+from pydantic import field_validator, model_validator
+
+from data_pipeline.common import number_ranges as ranges
+from megaback.config_section import Section
+
+_MAX_SAMPLES = 100
+_MAX_CHARACTERS = 10_000
+"""Characters of a sample's given text, which is kept with it."""
+
+
+class ValidationSection(Section):
+    every_steps: Annotated[int, ranges.COUNT] | None = None
+    """Interval between measurements of the whole val set, in steps, besides those at the start and
+    at the end of the run."""
+    patience: Annotated[int, ranges.COUNT] | None = None
+    """Number of consecutive measurements without a new best after which the run ends (early
+    stopping). The best checkpoint is kept, and named in `checkpoints/best`. Default: no early
+    stopping."""
+    samples: tuple[str, ...] = ()
+    """List of texts that the model continues at each measurement, in the log and `samples.jsonl`:
+    endings for a backward model, beginnings for a forward one, and the given side of an example for
+    a model of instructions."""
+    sample_tokens: Annotated[int, ranges.SAMPLE_TOKENS] = 64
+    """Maximum number of tokens that are written for each of `samples`."""
+    sample_temperature: Annotated[float, ranges.TEMPERATURE] = 0.8
+    """Sampling temperature of `samples`; 0 takes the most likely token."""
+
+    @model_validator(mode="after")
+    def _patience_has_validations(self) -> "ValidationSection":
+        if self.patience is not None and self.every_steps is None:
+            raise ValueError("patience counts measurements, so it needs every_steps too")
+        return self
+
+    @field_validator("samples")
+    @classmethod
+    def _are_few_and_short(cls, samples: tuple[str, ...]) -> tuple[str, ...]:
+        if len(samples) > _MAX_SAMPLES:
+            raise ValueError(f"there are {len(samples):,}; give at most {_MAX_SAMPLES}")
+        longest = max(map(len, samples), default=0)
+        if longest > _MAX_CHARACTERS:
+            raise ValueError(
+                f"one has {longest:,} characters; give texts of at most {_MAX_CHARACTERS:,}"
+            )
+        return samples
