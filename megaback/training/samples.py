@@ -70,7 +70,7 @@ class _Growing:
         self._allowed = self._allowed_ids(prompt, codec)
         # Draws of 24 bits, as `choose` needs them.
         draws = np.random.default_rng(seeds).random(options.max_new_tokens, dtype=np.float32)
-        self._draws = iter(torch.from_numpy(draws.astype(np.float64)).split(1))
+        self._draws = iter(draws.tolist())
         self._has_ended = False
 
     def grow(self, logits_V: Tensor) -> None:
@@ -80,7 +80,8 @@ class _Growing:
         allowed_A = torch.from_numpy(next(self._allowed))
         masked_V = torch.full_like(logits_V, -torch.inf)
         masked_V[allowed_A] = logits_V[allowed_A]
-        new_id = int(choose(masked_V[None], self._options, next(self._draws)))
+        draws_1 = torch.tensor([next(self._draws)], dtype=torch.float64)
+        new_id = int(choose(masked_V[None], self._options, draws_1))
         self._has_ended = new_id in (-1, self._end_id)
         if not self._has_ended:
             self.ids.append(new_id)

@@ -1,5 +1,6 @@
 """Samples at validations: what is written, and that training does not change by them."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def test_a_sample_depends_on_seed_step_and_its_place_only(
     options = SamplingOptions(max_new_tokens=12, seed=5)
     torch.manual_seed(9)
     np.random.seed(9)
-    before = torch.get_rng_state(), np.random.get_state()[1]
+    before = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"]
 
     alone = write(model, tiny_codec, options, rows=1)
     together = write(model, tiny_codec, options, rows=3)
@@ -77,7 +78,7 @@ def test_a_sample_depends_on_seed_step_and_its_place_only(
     assert write(model, tiny_codec, options, step=4) != alone
     assert write(model, tiny_codec, SamplingOptions(max_new_tokens=12, seed=6)) != alone
     assert torch.equal(before[0], torch.get_rng_state())
-    assert (before[1] == np.random.get_state()[1]).all()
+    assert (before[1] == np.random.get_state(legacy=False)["state"]["key"]).all()
     assert all(weight.grad is None for weight in model.parameters())
 
 
@@ -148,7 +149,7 @@ def test_a_resumed_run_has_the_samples_of_an_uninterrupted_one(
     train(whole, training_world)
     config = config_of(validation=SAMPLES, checkpoint={"every_steps": 1})
     with trainer_of(config, training_world) as (trainer, run):
-        at_forward(run, 2 * 2 + 1, signal_itself(15))
+        at_forward(run, 2 * 2 + 1, signal_itself(signal.SIGTERM))
         with pytest.raises(PreemptedError):
             trainer.train()
     newer = '{"step": 4, "given": "", "text": "of steps that were lost"}\n{"step": 4, "gi'
