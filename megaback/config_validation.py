@@ -25,7 +25,7 @@ class ValidationSection(Section):
     endings for a backward model, beginnings for a forward one, and the given side of an example for
     a model of instructions."""
     sample_tokens: Annotated[int, ranges.SAMPLE_TOKENS] = 64
-    """Maximum number of tokens that are written for each of `samples`."""
+    """Maximum length of what is written for each of `samples`, in tokens."""
     sample_temperature: Annotated[float, ranges.TEMPERATURE] = 0.8
     """Sampling temperature of `samples`; 0 takes the most likely token."""
 

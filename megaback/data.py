@@ -254,7 +254,7 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
 
 
 def _given_texts(config: Config, shards: OpenShards) -> GivenTexts:
-    """Those of `validation.samples`. Raises ConfigError for one that does not fit the context."""
+    """Texts of `validation.samples`. Raises ConfigError for one that does not fit the context."""
     section, context_tokens = config.validation, config.batch.context_tokens
     is_of_examples = shards.data_sets[0].manifest.row_tokens is not None
     codec = shards.codec

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 _MESSAGE = "called a synchronizing CUDA operation"
+_ROOT = Path(__file__).parents[2]
 _OURS = ("megaback", "data_pipeline", "benchmarks", "tests")
 
 
@@ -45,9 +46,13 @@ def is_ours(place: str) -> bool:
 def _place() -> str:
     """`package/module.py:line` of the innermost frame that is not PyTorch's."""
     for frame in reversed(traceback.extract_stack()[:-2]):
-        parts = Path(frame.filename).parts
-        for package in ("deepspeed", *_OURS):
-            if package in parts and "torch" not in parts:
-                found = len(parts) - 1 - parts[::-1].index(package)
-                return f"{'/'.join(parts[found:])}:{frame.lineno}"
+        path = Path(frame.filename)
+        if "site-packages" in path.parts:
+            parts = path.parts[path.parts.index("site-packages") + 1 :]
+        elif path.is_relative_to(_ROOT):
+            parts = path.relative_to(_ROOT).parts
+        else:
+            continue
+        if parts[0] in ("deepspeed", *_OURS):
+            return f"{'/'.join(parts)}:{frame.lineno}"
     return "?"

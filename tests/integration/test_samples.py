@@ -14,10 +14,9 @@ SHORT = ("training.steps=4", "validation.every_steps=2", "checkpoint.every_steps
 SAMPLES = ('validation.samples=["The end", "so it ended."]', "validation.sample_tokens=12")
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_two_ranks_train_the_same_with_samples(stage: int, run_of: Callable[..., Path]) -> None:
-    without = run_of(*SHORT, f"zero.stage={stage}")
-    run = run_of(*SHORT, *SAMPLES, f"zero.stage={stage}")
+def test_two_ranks_train_the_same_with_samples(run_of: Callable[..., Path]) -> None:
+    without = run_of(*SHORT, "zero.stage=3")
+    run = run_of(*SHORT, *SAMPLES, "zero.stage=3")
 
     assert metrics_of(run) == metrics_of(without)
     found = [(line["step"], line["given"]) for line in read_samples(run)]

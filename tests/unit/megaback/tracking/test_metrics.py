@@ -264,10 +264,13 @@ def test_the_console_omits_a_small_data_wait(
 def test_machine_fields_are_those_that_depend_on_the_machine(tmp_path: Path) -> None:
     log = open_log(tmp_path, share=0.1)
     log.train(replace(record(1), rank_times=RankTimes(1, 0.2, 0.1)))
+    log.validation(1, MEASURED, 0.5)
     log.close()
     with_loss = {"step", "loss", "targets", "learning_rate", "gradient_norm", "tokens_seen"}
 
-    assert set(read_metrics(tmp_path)[0]) - with_loss == MACHINE_FIELDS
+    trained, measured = read_metrics(tmp_path)
+    assert set(trained) - with_loss == MACHINE_FIELDS - {"sample_s"}
+    assert measured["sample_s"] == 0.5
 
 
 def test_every_validation_is_on_the_console(
