@@ -1,6 +1,6 @@
 """Section `validation` of the config. Loads no torch."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import field_validator, model_validator
 
@@ -34,6 +34,13 @@ class ValidationSection(Section):
         if self.patience is not None and self.every_steps is None:
             raise ValueError("patience counts measurements, so it needs every_steps too")
         return self
+
+    @field_validator("samples", mode="before")
+    @classmethod
+    def _is_a_list(cls, samples: Any) -> Any:
+        if not isinstance(samples, list | tuple):
+            raise ValueError("give a list of texts")
+        return samples
 
     @field_validator("samples")
     @classmethod

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, PreemptedError
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.text.codec import TextCodec
 from megaback.config import Config
-from megaback.data import open_data
+from megaback.config_validation import ValidationSection
+from megaback.data import OpenShards, open_data
 from megaback.distributed.world import World
 from megaback.inference.generate import complete
 from megaback.inference.sampling import SamplingOptions
@@ -166,6 +168,28 @@ def test_texts_that_do_not_fit_the_context_are_refused(config_of: Configs) -> No
 
     with pytest.raises(ConfigError, match=r"validation.samples\[1\] is read as .* of batch"):
         open_data(config, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ("The end", "give a list of texts"),
+        (["."] * 101, "there are 101; give at most 100"),
+        (["." * 10_001], "one has 10,001 characters; give texts of at most 10,000"),
+    ],
+)
+def test_samples_of_other_forms_are_refused(samples: object, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ValidationSection.model_validate({"samples": samples})
+
+
+def test_samples_without_a_val_set_are_refused(
+    config_of: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OpenShards, "val_rows", lambda *_: ())
+
+    with pytest.raises(ConfigError, match=r"validation.samples needs a val set"):
+        open_data(config_of(validation={"samples": ["The end"]}), 0, 1)
 
 
 def test_samples_of_a_forward_run_begin_with_the_given_text(
