@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from click.testing import CliRunner
@@ -232,7 +233,8 @@ def test_an_interrupt_ends_the_processes_and_keeps_their_checks(
 
 
 def invoke(*words: object) -> Any:
-    return CliRunner().invoke(gpu_test.main, [str(word) for word in words])
+    with patch.dict(os.environ):  # which the command sets for its parts
+        return CliRunner().invoke(gpu_test.main, [str(word) for word in words])
 
 
 def test_an_unknown_part_is_an_error_with_the_names_of_all() -> None:
