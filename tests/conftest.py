@@ -33,7 +33,7 @@ for _name in ("COLUMNS", "LINES"):
     os.environ.pop(_name, None)
 
 # No deadlines, as machines are busy; no random examples, which are for `make fuzz-properties`.
-settings.register_profile("megaback", deadline=None, derandomize=True)
+settings.register_profile("megaback", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("fuzz", deadline=None)
 settings.load_profile("megaback")
 
