@@ -116,7 +116,7 @@ $(GPU_VENV)/.installed: $(wildcard $(WHEELHOUSE)/*.whl)
 	touch $@
 
 gpu-test: $(GPU_INSTALLED)
-	$(GPU_BIN)/python -m benchmarks.gpu_test --out $(OUT) --minutes $(MINUTES) \
+	$(GPU_BIN)/python -m benchmarks.gpu_test --out "$(OUT)" --minutes $(MINUTES) \
 		$(if $(PARTS),--parts $(PARTS)) $(if $(filter yes,$(AGAIN)),--again)
 
 fuzz: $(INSTALLED)
