@@ -265,15 +265,14 @@ def main(
     }
     report = to_json(folder, results, evaluated.dtype)
     second: dict[str, SuiteResult] = {}
+    compared_by_row: dict[str, Metric] = {}
     if against is not None:
         del evaluated.model
         compared = Evaluated(against, device, dtype)
         second = {name: suites[name](compared, None, given) for name in suite_names}
         report["against"] = to_json(against, second, compared.dtype)
-        report["differences"] = {
-            name: metric.to_dict()
-            for name, metric in differences(results, second, given.seed).items()
-        }
+        compared_by_row = differences(results, second, given.seed)
+        report["differences"] = {name: one.to_dict() for name, one in compared_by_row.items()}
     if out is not None:
         text = json.dumps(report, indent=2) + "\n"
         write_output(out, text, overwrite=overwrite)
@@ -291,7 +290,7 @@ def main(
     print_table(console, _table(results, evaluated.dtype))
     if against is not None:
         print_table(console, _table(second, report["against"]["dtype"]))
-        print_table(console, _differences_table(differences(results, second, given.seed)))
+        print_table(console, _differences_table(compared_by_row))
     without = [
         name
         for name, result in results.items()

@@ -136,10 +136,10 @@ def _why_wrong(
     edges = torch.tensor((0, *_CHECKED_LENGTHS, 0, 0, 0, 0)).cumsum(0, dtype=torch.int32)
     segments = Segments(edges.to(device), _CHECKED_LENGTHS, 2 * max(_CHECKED_LENGTHS))
     try:
-        found = _with_gradients(backend, inputs, direction_THE, segments)
+        found = with_gradients(backend, inputs, direction_THE, segments)
     except Exception as error:  # noqa: BLE001 (kernels raise errors of any type)
         return f"it fails ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    exact = _with_gradients(
+    exact = with_gradients(
         definition, tuple(one.float() for one in inputs), direction_THE.float(), segments
     )
     errors = [
@@ -151,12 +151,13 @@ def _why_wrong(
     return f"its results differ from the definition by {max(errors):.2g} of the largest value"
 
 
-def _with_gradients(
+def with_gradients(
     backend: AttentionBackend,
     inputs: tuple[Tensor, ...],
     direction_THE: Tensor,
     segments: Segments,
 ) -> tuple[Tensor, ...]:
+    """What a backend computes, and the gradients of its inputs for that of the result."""
     with torch.enable_grad():
         query_THE, key_TKE, value_TKE = leaves = [one.detach().requires_grad_() for one in inputs]
         attended_THE = backend(query_THE, key_TKE, value_TKE, segments)

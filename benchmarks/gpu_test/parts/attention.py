@@ -13,7 +13,12 @@ from megaback.model.attention import (
     padded_boundaries,
     sdpa_attention,
 )
-from megaback.model.attention_choice import choose_attention, definition, why_unusable
+from megaback.model.attention_choice import (
+    choose_attention,
+    definition,
+    why_unusable,
+    with_gradients,
+)
 from megaback.model.flash_attention import KERNELS
 
 _MAX_MEAN_ERROR = 0.01
@@ -63,8 +68,8 @@ def _check_backend(bench: Bench, name: str, backend: AttentionBackend) -> None:
     for case in _cases(bench):
         with bench.attempt(f"{name}, {case.name}", ATTENTION):
             inputs, direction_THE, segments = _inputs(case, bench.device)
-            found = _with_gradients(backend, inputs, direction_THE, segments)
-            exact = _with_gradients(
+            found = with_gradients(backend, inputs, direction_THE, segments)
+            exact = with_gradients(
                 definition, tuple(one.float() for one in inputs), direction_THE.float(), segments
             )
             errors = [_errors(one, other) for one, other in zip(found, exact, strict=True)]
@@ -83,7 +88,7 @@ def _check_backend(bench: Bench, name: str, backend: AttentionBackend) -> None:
         inputs, direction_THE, segments = _inputs(_cases(bench)[1], bench.device)
         torch.use_deterministic_algorithms(True)
         try:
-            both = [_with_gradients(backend, inputs, direction_THE, segments) for _ in range(2)]
+            both = [with_gradients(backend, inputs, direction_THE, segments) for _ in range(2)]
         finally:
             torch.use_deterministic_algorithms(False)
         bench.require(
@@ -108,17 +113,6 @@ def _inputs(case: Case, device: torch.device) -> tuple[tuple[Tensor, ...], Tenso
     padded = torch.from_numpy(padded_boundaries(torch.cat((edges, edges[-1:])).numpy()))
     segments = Segments(padded.to(device), case.lengths, 2 * max(case.lengths))
     return (query_THE, key_TKE, value_TKE), direction_THE, segments
-
-
-def _with_gradients(
-    backend: AttentionBackend,
-    inputs: tuple[Tensor, ...],
-    direction_THE: Tensor,
-    segments: Segments,
-) -> tuple[Tensor, ...]:
-    query_THE, key_TKE, value_TKE = leaves = [one.detach().requires_grad_() for one in inputs]
-    attended_THE = backend(query_THE, key_TKE, value_TKE, segments)
-    return attended_THE.detach(), *torch.autograd.grad(attended_THE, leaves, direction_THE)
 
 
 def _errors(found: Tensor, exact: Tensor) -> tuple[float, float]:
