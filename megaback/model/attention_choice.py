@@ -157,7 +157,7 @@ def with_gradients(
     direction_THE: Tensor,
     segments: Segments,
 ) -> tuple[Tensor, ...]:
-    """What a backend computes, and the gradients of its inputs for that of the result."""
+    """Result of a backend, and the gradients of its inputs for that of the result."""
     with torch.enable_grad():
         query_THE, key_TKE, value_TKE = leaves = [one.detach().requires_grad_() for one in inputs]
         attended_THE = backend(query_THE, key_TKE, value_TKE, segments)
