@@ -1,7 +1,7 @@
 """`megaback arrow`: trains a model forward and backward, and compares their losses."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -12,18 +12,33 @@ from data_pipeline.common.atomic import write_text
 from data_pipeline.common.command import ResumableCommand, examples
 from data_pipeline.common.figures import require_matplotlib, write_picture
 from data_pipeline.common.number_ranges import MANY, TWO_OR_MORE
-from data_pipeline.common.output_paths import is_our_picture, require_output
+from data_pipeline.common.output_paths import Recognizes, is_our_picture, require_output
 from data_pipeline.common.rich_console import SafeConsole
 from data_pipeline.common.shared_options import hostfile_option, limit_option, save_before_option
 from data_pipeline.common.terminal import echo, print_table
+from data_pipeline.errors import CheckpointMissingError, ConfigError
+from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.faults.run_ownership import require_run_folder
+from megaback.faults.stop_request import local_time_of
 from megaback.scoring.paired_difference import PairedDifference
+from tools.direction_gap.ladder import Rung, parse_budgets, parse_sizes, rungs_of
+from tools.direction_gap.ladder_result import LADDER_NAME, Ladder, Point, is_ladder
+from tools.direction_gap.ladder_table import fit_sentence, ladder_table, missing_sentence
+from tools.direction_gap.ladder_training import Trains, earlier_points, measured_points
 from tools.direction_gap.result import JSON_NAME, Arrow, compare, is_summary
-from tools.direction_gap.runs import ArrowRun, TrainedPair, require_comparable, runs_of
+from tools.direction_gap.runs import (
+    ArrowRun,
+    TrainedPair,
+    require_comparable,
+    runs_of,
+    train_all,
+)
 from tools.model_options import device_option
 
-PICTURE_NAME = "arrow.png"
+PICTURE_NAME, LADDER_PICTURE_NAME = "arrow.png", "ladder.png"
+ARROW_FILES = {JSON_NAME: is_summary, PICTURE_NAME: is_our_picture}
+LADDER_FILES = {LADDER_NAME: is_ladder, LADDER_PICTURE_NAME: is_our_picture}
 
 
 def sentence(arrow: Arrow) -> str:
@@ -81,21 +96,29 @@ def table_of(arrow: Arrow) -> Table:
     return table
 
 
-def train_all(
-    config: Path,
-    overrides: tuple[str, ...],
-    runs: Sequence[ArrowRun],
-    save_before: str | None,
-    hostfile: Path | None,
-) -> None:
-    """Train or resume each run to its end. Exits with the code of a run that fails."""
-    from launcher.train import train
+def write_arrow(config: Config, arrow: Arrow) -> None:
+    """Write the result and its figure into the folder of the config's `run`."""
+    from tools.direction_gap.figure import arrow_figure
 
-    for run in runs:
-        click.echo(f"seed {run.seed}, {run.direction.value}: {run.folder}")
-        code = train(config, (*overrides, *run.overrides), save_before, hostfile)
-        if code:
-            raise SystemExit(code)
+    write_text(config.run / JSON_NAME, json.dumps(arrow.to_json(config), indent=2) + "\n")
+    write_picture(arrow_figure(arrow), config.run / PICTURE_NAME, overwrite=True)
+
+
+def write_ladder(config: Config, ladder: Ladder) -> None:
+    """The same for a ladder."""
+    from tools.direction_gap.ladder_figure import ladder_figure
+
+    write_text(config.run / LADDER_NAME, json.dumps(ladder.to_json(config), indent=2) + "\n")
+    write_picture(ladder_figure(ladder), config.run / LADDER_PICTURE_NAME, overwrite=True)
+
+
+def show_ladder(config: Config, ladder: Ladder) -> None:
+    """Print a ladder and the paths of its result."""
+    print_table(SafeConsole(), ladder_table(ladder))
+    echo(fit_sentence(ladder))
+    if ladder.missing:
+        echo(missing_sentence(ladder))
+    click.echo(f"{config.run / LADDER_NAME}\n{config.run / LADDER_PICTURE_NAME}")
 
 
 @click.command(
@@ -104,6 +127,8 @@ def train_all(
     epilog=examples(
         "megaback arrow configs/arrow.yaml data.shards=data/prose --num-seeds 3",
         "megaback arrow configs/arrow.yaml --measure-only --limit 500 --device cpu",
+        "megaback arrow configs/arrow.yaml model.tie_embeddings=false model.base_width=256 "
+        "--sizes 64x2,128x4 --budgets 300k,600k",
     ),
 )
 @click.argument("config", type=click.Path(path_type=Path))
@@ -115,6 +140,16 @@ def train_all(
     show_default=True,
     help="Number of pairs of a forward and a backward run; the seeds are training.seed, "
     "training.seed + 1, and so on.",
+)
+@click.option(
+    "--sizes",
+    metavar="WIDTHxLAYERS,...",
+    help="Sizes of models to compare, such as 64x2,128x4; the heads have the config's size.",
+)
+@click.option(
+    "--budgets",
+    metavar="TOKENS,...",
+    help="Numbers of training tokens to compare, such as 300k,1.5M; each is a run of its own.",
 )
 @click.option(
     "--measure-only",
@@ -129,6 +164,8 @@ def main(
     config: Path,
     overrides: tuple[str, ...],
     num_seeds: int,
+    sizes: str | None,
+    budgets: str | None,
     measure_only: bool,
     limit: int,
     device: str | None,
@@ -141,29 +178,83 @@ def main(
     Both runs of a pair have the same seed, documents and steps; data.direction is ignored. With RUN
     for the config's `run`, they are written to RUN/seed-N/forward and RUN/seed-N/backward, and the
     results to RUN/arrow.json and RUN/arrow.png. Run the same command again to resume.
+
+    With --sizes and --budgets, this is done for each size and number of training tokens, in
+    RUN/WIDTHxLAYERS-TOKENS; a table, a fit, RUN/ladder.json and RUN/ladder.png compare them.
     """
+    if (sizes is None) != (budgets is None):
+        raise ConfigError("`sizes` and `budgets` belong together; give both, or neither")
     settings = load_config(config, overrides)
+    save_before = local_time_of(save_before)
+
+    def train(own: tuple[str, ...], runs: Sequence[ArrowRun]) -> None:
+        train_all(config, (*overrides, *own), runs, save_before, hostfile)
+
+    if sizes is not None and budgets is not None:
+        rungs = rungs_of(config, overrides, parse_sizes(sizes), parse_budgets(budgets), num_seeds)
+        for rung in rungs:
+            _require(config, (*overrides, *rung.overrides), rung.config.run, rung.runs, ARROW_FILES)
+        _require(config, overrides, settings.run, [], LADDER_FILES)
+        if settings.model.base_width is None and len({rung.size.width for rung in rungs}) > 1:
+            click.echo(
+                "every width has the same learning rate; model.base_width transfers it by muP"
+            )
+        _climb(settings, rungs, None if measure_only else train, device, limit)
+        return
     runs = runs_of(settings, num_seeds)
+    _require(config, overrides, settings.run, runs, ARROW_FILES)
+    if not measure_only:
+        train((), runs)
+    pairs = [TrainedPair.find(*pair) for pair in zip(runs[::2], runs[1::2], strict=True)]
+    arrow = compare(settings, pairs, device, limit)
+    write_arrow(settings, arrow)
+    print_table(SafeConsole(), table_of(arrow))
+    echo(sentence(arrow))
+    click.echo(f"{settings.run / JSON_NAME}\n{settings.run / PICTURE_NAME}")
+
+
+def _require(
+    config: Path,
+    overrides: tuple[str, ...],
+    folder: Path,
+    runs: list[ArrowRun],
+    files: Mapping[str, Recognizes],
+) -> None:
+    """Check, before any training, the runs, their folders, and the files of the result."""
     require_comparable(config, overrides, runs)
     require_matplotlib("megaback arrow")
     for run in runs:
         require_run_folder(load_config(config, (*overrides, *run.overrides)), config)
     # Earlier runs are resumed, so their results are overwritten.
-    for name, is_ours in ((JSON_NAME, is_summary), (PICTURE_NAME, is_our_picture)):
-        require_output(
-            settings.run / name, (config,), is_ours=is_ours, overwrite=True, option="run"
-        )
-    if not measure_only:
-        train_all(config, overrides, runs, save_before, hostfile)
-    pairs = [TrainedPair.find(*pair) for pair in zip(runs[::2], runs[1::2], strict=True)]
-    arrow = compare(settings, pairs, device, limit)
-    from tools.direction_gap.figure import arrow_figure
+    for name, is_ours in files.items():
+        require_output(folder / name, (config,), is_ours=is_ours, overwrite=True, option="run")
 
-    write_text(settings.run / JSON_NAME, json.dumps(arrow.to_json(settings), indent=2) + "\n")
-    write_picture(arrow_figure(arrow), settings.run / PICTURE_NAME, overwrite=True)
-    print_table(SafeConsole(), table_of(arrow))
-    echo(sentence(arrow))
-    click.echo(f"{settings.run / JSON_NAME}\n{settings.run / PICTURE_NAME}")
+
+def _climb(
+    settings: Config, rungs: Sequence[Rung], train: Trains | None, device: str | None, limit: int
+) -> None:
+    """Measure all rungs; the result is written after each, and shown if training stops."""
+    points: list[Point] = []
+    earlier = earlier_points(settings.run)
+
+    def ladder() -> Ladder:
+        found = {point.name: len(point.seeds) for point in points}
+        missing = [rung.name for rung in rungs if found.get(rung.name, 0) < len(rung.runs) // 2]
+        return Ladder(points, missing)
+
+    try:
+        for point in measured_points(rungs, train, earlier, device, limit, write_arrow):
+            points.append(point)
+            write_ladder(settings, ladder())
+    except SystemExit:
+        if points:
+            show_ladder(settings, ladder())
+        raise
+    if not points:
+        raise CheckpointMissingError(
+            f"no pair of runs below {settings.run} is finished; train them, without `measure_only`"
+        )
+    show_ladder(settings, ladder())
 
 
 if __name__ == "__main__":

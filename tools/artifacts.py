@@ -54,6 +54,7 @@ from megaback.run_folder import (
     meant_by,
 )
 from megaback.use_commands import use_commands
+from tools.direction_gap.ladder_result import LADDER_NAME, read_points
 from tools.direction_gap.result import JSON_NAME, read_summary
 from tools.export.gguf_inspection import inspect_gguf
 
@@ -110,7 +111,7 @@ def _inspect_file(path: Path, verify: bool) -> Artifact:
         return _shard(path, verify)
     if path.name in (BEST_NAME, LATEST_NAME, META_NAME):
         return _checkpoint(path.parent if path.name == META_NAME else path, verify)
-    if path.name in (MANIFEST_NAME, CONFIG_COPY_NAME, JSON_NAME, MODEL_CONFIG_NAME):
+    if path.name in (MANIFEST_NAME, CONFIG_COPY_NAME, JSON_NAME, LADDER_NAME, MODEL_CONFIG_NAME):
         return inspect(path.parent, verify=verify)
     raise SourceMissingError(
         f"{path} is not a file of megaback's; name a tokenizer.model, a shard, a .gguf or a folder"
@@ -264,6 +265,20 @@ def _arrow(folder: Path, _verify: bool) -> Artifact:
     )
 
 
+def _ladder(folder: Path, _verify: bool) -> Artifact:
+    points = read_points(folder / LADDER_NAME)
+    return Artifact(
+        kind="ladder of arrows of time",
+        path=folder,
+        facts={point.name: f"{point.whole.percent:+.2f}%" for point in points},
+        checked=f"{LADDER_NAME}, of {len(points)} rungs",
+        next_lines={
+            command("inspect", folder / point.name): "its most expensive rung"
+            for point in points[-1:]
+        },
+    )
+
+
 def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
     """Commands that use a run or a checkpoint, and their effects."""
     run = path.parent.parent if path.parent.name == CHECKPOINTS_FOLDER else path
@@ -390,6 +405,7 @@ _FOLDERS: dict[str, Callable[[Path, bool], Artifact]] = {
     META_NAME: _checkpoint,
     CONFIG_COPY_NAME: _run,
     JSON_NAME: _arrow,
+    LADDER_NAME: _ladder,
     MODEL_CONFIG_NAME: _config_json,
     GGUF_NAME: _gguf,
     PLAN_NAME: _unfinished,

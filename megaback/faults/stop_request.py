@@ -105,6 +105,16 @@ def deadline_of(save_before: str | None) -> float | None:
     return end - min(_MARGIN_S, max(end - now, 0) / 10)
 
 
+def local_time_of(save_before: str | None) -> str | None:
+    """`save_before` as a time: a duration counts from now, also for runs that start later.
+
+    Raises ConfigError.
+    """
+    if save_before is None:
+        return None
+    return datetime.fromtimestamp(_parse(save_before, time.time())).astimezone().isoformat()
+
+
 def _parse(text: str, now: float) -> float:
     found = _DURATION.fullmatch(text)
     try:

@@ -45,13 +45,16 @@ OPTIONS = (
     "hardware.preflight=off",
     "validation.every_steps=null",
     f"batch.context_tokens={CONTEXT_TOKENS}",
+    "optimizer.warmup_steps=2",
 )
+LADDER = ("--sizes", "32x1,32x2", "--budgets", STEPS * 8 * CONTEXT_TOKENS)
 
 
-def start_arrow(config: Path, run: Path, output: Path) -> "subprocess.Popen[str]":
+def start_arrow(config: Path, run: Path, output: Path, *options: object) -> "subprocess.Popen[str]":
+    words = (config, f"run={run}", *OPTIONS, *options)
     with output.open("a") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "megaback", "arrow", config, f"run={run}", *OPTIONS],
+            [sys.executable, "-m", "megaback", "arrow", *map(str, words)],
             stdout=file,
             stderr=subprocess.STDOUT,
             text=True,
@@ -215,6 +218,55 @@ def test_fewer_documents_are_spread_evenly(
     last_of_fifths = [math.ceil(part * len(lengths) / 5) - 1 for part in range(1, 6)]
     assert whole["documents"] == 5
     assert whole["targets"] == sum(lengths[place] - 1 for place in last_of_fifths)
+
+
+def rungs_of(run: Path) -> list[dict[str, Any]]:
+    rungs: list[dict[str, Any]] = json.loads((run / "ladder.json").read_text())["rungs"]
+    return rungs
+
+
+def test_a_ladder_keeps_finished_runs_and_trains_the_others(
+    finished_run: tuple[Path, str], config_path: Path, tmp_path: Path
+) -> None:
+    ladder, budget = tmp_path / "ladder", LADDER[-1]
+    finished = Path(shutil.copytree(finished_run[0], ladder / f"32x2-{budget}"))
+    options = (f"run={ladder}", *OPTIONS, *LADDER)
+
+    partial = arrow(config_path, *options, "--measure-only")
+
+    assert partial.exit_code == 0, partial.output
+    assert f"not finished yet: 32x1-{budget};" in partial.output
+    (rung,) = rungs_of(ladder)
+    whole = found_in(finished_run[0])["whole"]
+    assert {key: rung[key] for key in whole} == whole
+    measured = (finished / "arrow.json").stat().st_mtime_ns
+
+    output = tmp_path / "output.txt"
+    process = start_arrow(config_path, ladder, output, *LADDER)
+
+    assert process.wait(200) == 0, output.read_text()
+    small, large = rungs_of(ladder)
+    assert (small["size"], large) == ("32x1", rung)
+    assert small["parameters"] < large["parameters"]
+    assert small["tokens"] == large["tokens"] == budget
+    assert str(finished / "seed-3") not in output.read_text()  # not started again
+    assert (finished / "arrow.json").stat().st_mtime_ns == measured  # nor measured again
+    assert (ladder / "ladder.png").read_bytes().startswith(b"\x89PNG")
+
+    other = arrow(config_path, *options, "--measure-only", "optimizer.learning_rate=0.1")
+    assert_refused(other, RunMismatchError, "optimizer.learning_rate = 0.003", "config has 0.1")
+
+
+def test_a_ladder_needs_sizes_and_budgets(config_path: Path, tmp_path: Path) -> None:
+    run = f"run={tmp_path / 'run'}"
+
+    assert_refused(arrow(config_path, run, *LADDER[:2]), ConfigError, "--sizes and --budgets")
+    assert_refused(
+        arrow(config_path, run, *OPTIONS, *LADDER, "--measure-only"),
+        CheckpointMissingError,
+        "is finished; train them, without --measure-only",
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_missing_runs_are_refused(config_path: Path, tmp_path: Path) -> None:

@@ -53,17 +53,18 @@ class Arrow:
             "version": _FORMAT_VERSION,
             "steps": self.steps,
             "tokens": self.tokens,
-            "whole": _gap_json(self.whole),
+            "whole": gap_json(self.whole),
             "bits_per_byte": self.bits_per_byte,
             "seeds_error": self.seeds_error,
-            "seeds": {str(seed): _gap_json(gap) for seed, gap in self.seeds.items()},
-            "by_context": {name: _gap_json(gap) for name, gap in self.by_context.items()},
-            "by_part": {name: _gap_json(gap) for name, gap in self.by_part.items()},
+            "seeds": {str(seed): gap_json(gap) for seed, gap in self.seeds.items()},
+            "by_context": {name: gap_json(gap) for name, gap in self.by_context.items()},
+            "by_part": {name: gap_json(gap) for name, gap in self.by_part.items()},
             "config": shown_config(config),
         }
 
 
-def _gap_json(gap: PairedDifference) -> dict[str, Any]:
+def gap_json(gap: PairedDifference) -> dict[str, Any]:
+    """Fields of a gap in a result file."""
     return {
         "forward": gap.first,
         "backward": gap.second,
@@ -74,6 +75,20 @@ def _gap_json(gap: PairedDifference) -> dict[str, Any]:
         "targets": gap.num_targets,
         "documents": gap.num_documents,
     }
+
+
+def gap_of(fields: dict[str, Any]) -> PairedDifference:
+    """The gap that `gap_json` wrote. Raises KeyError, TypeError."""
+    return PairedDifference(
+        first=fields["forward"],
+        second=fields["backward"],
+        nats=fields["gap"],
+        nats_error=fields["gap_error"],
+        percent=fields["percent"],
+        percent_error=fields["percent_error"],
+        num_targets=fields["targets"],
+        num_documents=fields["documents"],
+    )
 
 
 def is_summary(path: Path) -> bool:

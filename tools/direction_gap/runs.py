@@ -1,9 +1,13 @@
 """Pairs of runs that differ in direction only: their configs, checkpoints and models."""
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from data_pipeline.errors import (
     CheckpointCorruptError,
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from megaback.checkpoints.checkpoint import CheckpointMeta
     from megaback.model.gpt import ReverseGPT
 
+_TRAINED_SECTIONS = ("model", "batch", "optimizer", "training")
 DIRECTIONS = (Direction.FORWARD, Direction.BACKWARD)
 
 
@@ -54,6 +59,23 @@ def runs_of(config: Config, num_seeds: int) -> list[ArrowRun]:
         for seed in range(first, first + num_seeds)
         for direction in DIRECTIONS
     ]
+
+
+def train_all(
+    config: Path,
+    overrides: tuple[str, ...],
+    runs: Sequence[ArrowRun],
+    save_before: str | None,
+    hostfile: Path | None,
+) -> None:
+    """Train or resume each run to its end. Exits with the code of a run that fails."""
+    from launcher.train import train
+
+    for run in runs:
+        click.echo(f"seed {run.seed}, {run.direction.value}: {run.folder}")
+        code = train(config, (*overrides, *run.overrides), save_before, hostfile)
+        if code:
+            raise SystemExit(code)
 
 
 def require_comparable(config: Path, overrides: tuple[str, ...], runs: list[ArrowRun]) -> None:
@@ -136,6 +158,34 @@ class TrainedPair:
                 )
         return cls(forward.seed, first, second, meta)
 
+    def require_config(self, config: Config, fingerprint: str) -> None:
+        """Require that both runs were trained by a config, on shards with this fingerprint.
+
+        Raises RunMismatchError.
+        """
+        from megaback.training.start import changes_on_resume
+
+        changes = {
+            key: change
+            for key, change in changes_on_resume(self.meta.config, config).items()
+            if key.split(".")[0] in _TRAINED_SECTIONS and key != "training.seed"
+        }
+        if self.meta.data_fingerprint != fingerprint:
+            changes["the shards"] = (self.meta.data_fingerprint[:12], fingerprint[:12])
+        for name, (there, here) in changes.items():
+            raise RunMismatchError(
+                f"{self.forward} was trained with {name} = {there}, and the config has {here}; "
+                "restore the config, or choose another run"
+            )
+
+    @property
+    def models_hash(self) -> str:
+        """Hash of the files of both checkpoints."""
+        from megaback.checkpoints.checkpoint import read_meta
+
+        files = [read_meta(target).files for target in (self.forward, self.backward)]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
     def models(self, device: "torch.device") -> "Iterator[tuple[Direction, ReverseGPT]]":
         """The two models, one after the other."""
         for direction, target in zip(DIRECTIONS, (self.forward, self.backward), strict=True):
@@ -146,7 +196,7 @@ def _facts(meta: "CheckpointMeta", other: "CheckpointMeta") -> Iterator[tuple[st
     yield "step", meta.step, other.step
     yield "updates", meta.updates, other.updates
     yield "the shards", meta.data_fingerprint[:12], other.data_fingerprint[:12]
-    for section in ("model", "batch", "optimizer", "training"):
+    for section in _TRAINED_SECTIONS:
         for key, value in meta.config[section].items():
             yield f"{section}.{key}", value, other.config[section][key]
     for key in ("lanes", "window_frames"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, UserInterruptError
 from megaback.environment import LAUNCHER_VARIABLE
-from megaback.faults.stop_request import StopRequest, deadline_of
+from megaback.faults.stop_request import StopRequest, deadline_of, local_time_of
 
 Start = Callable[..., "Rank"]
 NAMES = ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"]
@@ -283,3 +283,12 @@ def test_the_earlier_of_save_before_and_slurms_limit_counts(
     deadline = deadline_of(datetime.fromtimestamp(now + asked_hours * HOUR_S).isoformat())
 
     assert deadline == now + HOUR_S - MARGIN_S
+
+
+def test_a_duration_becomes_a_time_that_later_runs_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    text = local_time_of("1h")
+    monkeypatch.setattr(time, "time", lambda: now + HOUR_S / 2)
+
+    assert deadline_of(text) == pytest.approx(now + HOUR_S - MARGIN_S, abs=5)
+    assert local_time_of(None) is None
