@@ -173,6 +173,16 @@ def attempt(
         return None, system_error(error)
 
 
+def without_operators() -> None:
+    """Mark all of DeepSpeed's operators, of which training uses none, as incompatible.
+
+    Otherwise it tries each at startup. On a CPU it then compiles one that is for inference, 45 s.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}
+
+
 def start_world(device_name: str, timeout_s: float) -> World:
     """Join the other ranks. Raises BackendError or LaunchError."""
     name_rank()
@@ -182,8 +192,7 @@ def start_world(device_name: str, timeout_s: float) -> World:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On a CPU, DeepSpeed compiles this inference-only operator at startup, which takes 45 s.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    without_operators()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed's index of the device

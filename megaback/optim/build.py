@@ -6,6 +6,7 @@ norm is the gradient's. (DeepSpeed's own Muon orthogonalizes gradients before cl
 the result.)
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,6 +21,13 @@ from megaback.optim.zero_matrices import MatrixShards, slices_of_each, slices_of
 
 class MatrixOptimizer(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter, 2019); Muon in groups with `orthogonalize`."""
+
+    # PyTorch hides these from its compiler, and loads the compiler for it at the first call.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    _step_adamw = inspect.unwrap(torch.optim.AdamW.step)
 
     def __init__(
         self, groups: list[dict[str, Any]], section: OptimizerSection, matrix_dtype: torch.dtype
@@ -49,7 +57,7 @@ class MatrixOptimizer(torch.optim.AdamW):
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["orthogonalize"]]
         try:
-            loss = super().step(closure)
+            loss = self._step_adamw(closure)
         finally:
             self.param_groups = groups
         for group in groups:

@@ -21,7 +21,7 @@ from data_pipeline.errors import MegabackError
 from megaback.checkpoints.state import holdings_of, num_updates
 from megaback.config import Config, HardwareSection
 from megaback.data import Data, open_data
-from megaback.distributed.world import CollectiveExit, World, choose_device
+from megaback.distributed.world import CollectiveExit, World, choose_device, without_operators
 from megaback.environment import LAUNCHER_VARIABLE
 from megaback.faults.stop_request import StopRequest
 from megaback.faults.watchdog import Watchdog
@@ -144,7 +144,7 @@ def prepare_deepspeed(device_type: str) -> None:
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    without_operators()
     # Stage 3 compares the order of its modules with that of rank 0, which is not there.
     coordinator.assert_ints_same_as_other_ranks = lambda _: None
     if dist.is_initialized():
