@@ -84,6 +84,11 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
                 "data_pipeline.shards.recompress",
                 "Rewrite the shards with other compression.",
             ),
+            "score": ("tools.score_shards", "Score documents by a pair of models."),
+            "select": (
+                "data_pipeline.shards.document_selection",
+                "Write the documents with the best scores as a new data set.",
+            ),
             "inspect": ("data_pipeline.shards.inspection", "Show the contents of a data set."),
             "locate": ("tools.locate", "Show the steps of a run that read a document."),
         },

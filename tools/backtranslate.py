@@ -22,6 +22,7 @@ from data_pipeline.build.options import text_column_option
 from data_pipeline.common.atomic import write_text
 from data_pipeline.common.checked_json import read_json
 from data_pipeline.common.command import ResumableCommand, examples
+from data_pipeline.common.file_hash import file_sha256
 from data_pipeline.common.locks import locked
 from data_pipeline.common.number_ranges import (
     COUNT,
@@ -76,7 +77,6 @@ OUTPUT_NAME = "output.json"
 """Name of the file in the work folder with the hashes of all outputs written from it."""
 _FORMAT = {"format": "megaback-backtranslation", "version": 3}
 _PROGRESS_INTERVAL_S = 10.0
-_READ_BYTES = 1 << 20
 _PLAN_DRAFT = re.compile(rf"\.{re.escape(PLAN_NAME)}\..*\.partial")
 
 
@@ -135,7 +135,7 @@ def _require_output(out: Path, inputs: Iterable[str | Path | None]) -> None:
             f"--out {out} is not a regular file, which is needed to resume; name one"
         )
     require_apart(out, inputs)
-    if not is_vacant(out) and (out.is_dir() or _sha256(out) not in _written(out)):
+    if not is_vacant(out) and (out.is_dir() or file_sha256(out) not in _written(out)):
         raise OutputExistsError(
             f"{out} holds something that this command did not write, or that was modified since; "
             "choose another --out"
@@ -146,14 +146,6 @@ def _written(out: Path) -> list[str]:
     """Hashes of all outputs written from this work folder."""
     hashes = (read_object(work_folder(out) / OUTPUT_NAME) or {}).get("sha256")
     return hashes if isinstance(hashes, list) else []
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _has_other_files(folder: Path) -> bool:
@@ -258,7 +250,7 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
             digest.update(line)
             file.write(line)
         found = digest.hexdigest()
-        if not overwrite and not is_vacant(out) and _sha256(out) != found:
+        if not overwrite and not is_vacant(out) and file_sha256(out) != found:
             raise OutputExistsError(
                 f"{out} was written with another --keep or --min-score; add --overwrite to replace "
                 "it, or remove it"

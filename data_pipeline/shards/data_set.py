@@ -211,3 +211,11 @@ class DataSet:
                 f"{shown}/{MANIFEST_NAME} has pieces, begin id, end id and bytes per id {found}, "
                 f"its tokenizer {of_codec}; restore it or build the shards again"
             )
+
+
+def changed_shard(reader: ShardReader) -> ShardCorruptError:
+    """The error for a shard whose hash is not that of its entry."""
+    return ShardCorruptError(
+        f"the shard {reader.shown} is intact but not the one in the manifest; "
+        "restore it or build the shards again"
+    )

@@ -26,9 +26,9 @@ from data_pipeline.common.output_paths import require_apart
 from data_pipeline.common.own_files import unfinished_in
 from data_pipeline.common.regular_files import read_file, require_no_link
 from data_pipeline.common.shared_options import out_folder_option, workers_option
-from data_pipeline.errors import ConfigError, OutputExistsError, ShardCorruptError
+from data_pipeline.errors import ConfigError, OutputExistsError
 from data_pipeline.shards.compression import Compression
-from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.data_set import DataSet, changed_shard
 from data_pipeline.shards.manifest import (
     DICTIONARY_NAME,
     FILE_NAME,
@@ -162,10 +162,7 @@ class _Work:
             writer.add_shard(reader)
             made = ShardEntry(entry.file, entry.split, **asdict(writer.finish()))
             if made.content_sha256 != entry.content_sha256:
-                raise ShardCorruptError(
-                    f"the shard {reader.shown} is intact but not the one in the manifest; "
-                    "restore it or build the shards again"
-                )
+                raise changed_shard(reader)
         record = {"work": self._sha256(entry), "shard": asdict(made)}
         write_text(self._record_path(entry), json.dumps(record, indent=1) + "\n")
         return made

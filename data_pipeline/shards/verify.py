@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.command import WorkCommand, examples
+from data_pipeline.common.file_hash import file_sha256
 from data_pipeline.common.interrupts import require_uninterrupted
 from data_pipeline.common.shared_options import workers_option
 from data_pipeline.errors import ShardCorruptError
-from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.data_set import DataSet, changed_shard
 from data_pipeline.shards.manifest import Manifest, ShardEntry, shard_path
 from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.traversal import on_threads
@@ -41,13 +42,9 @@ def shard_damage(folder: Path, entry: ShardEntry, data_set: DataSet) -> list[Sha
             damage.append(error)
     if damage:
         return damage  # the hash would only repeat it
-    file_sha256 = _file_sha256(shard_path(folder, entry))
-    if (content.hexdigest(), file_sha256) != (entry.content_sha256, entry.file_sha256):
-        message = (
-            f"the shard {reader.shown} is intact but not the one in the manifest; "
-            "restore it or build the shards again"
-        )
-        return [ShardCorruptError(message)]
+    hashes = (content.hexdigest(), file_sha256(shard_path(folder, entry)))
+    if hashes != (entry.content_sha256, entry.file_sha256):
+        return [changed_shard(reader)]
     return []
 
 
@@ -92,14 +89,6 @@ def verify_data_set(folder: Path, workers: int | None = None) -> Manifest:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @click.command(

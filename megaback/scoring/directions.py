@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.shards.data_set import DataSet
+from data_pipeline.shards.manifest import ShardEntry
 from data_pipeline.text.codec import Direction
 from megaback.inference.likelihood import Continuation, token_log_probabilities
 from megaback.model.gpt import ReverseGPT
@@ -42,6 +43,10 @@ class Markers:
         begins, ends = flipped == self.begin_id, flipped == self.end_id
         flipped[begins], flipped[ends] = self.end_id, self.begin_id
         return flipped
+
+    def as_read(self, ids: Ids, direction: Direction) -> Ids:
+        """Ids of a text in the order in which a model of this direction reads them."""
+        return self.reversed(ids) if direction is Direction.BACKWARD else ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +90,22 @@ class DocumentLosses:
 
 def documents_of(data_set: DataSet, split: str) -> Iterator[Ids]:
     """Documents in text order, markers included. Raises the errors of shards."""
+    for entry in data_set.manifest.split(split):
+        yield from documents_of_shard(data_set, entry)
+
+
+def documents_of_shard(data_set: DataSet, entry: ShardEntry) -> Iterator[Ids]:
+    """`documents_of` of one shard."""
     manifest = data_set.manifest
     markers = Markers(manifest.begin_id, manifest.end_id)
-    is_backward = manifest.text_format.direction is Direction.BACKWARD
-    for entry in manifest.split(split):
-        with data_set.open_shard(entry) as shard:
-            for stored in shard.documents():
-                ids = stored.astype(np.int64)
-                yield markers.reversed(ids) if is_backward else ids
+    with data_set.open_shard(entry) as shard:
+        for stored in shard.documents():
+            yield markers.as_read(stored.astype(np.int64), manifest.text_format.direction)
+
+
+def continuation(ids: Ids) -> Continuation:
+    """Ids in reading order, of which all but the first are predicted."""
+    return Continuation([int(ids[0])], ids[1:].tolist())
 
 
 def windows_of(number: int, ids: Ids, context_tokens: int) -> list[Window]:
@@ -148,9 +161,8 @@ def measure(
     is_backward = direction is Direction.BACKWARD
     for first in range(0, len(order), _WINDOWS_AT_ONCE):
         at_once = order[first : first + _WINDOWS_AT_ONCE]
-        read = [markers.reversed(one.ids) if is_backward else one.ids for one in at_once]
-        continuations = [Continuation([int(ids[0])], ids[1:].tolist()) for ids in read]
-        found = token_log_probabilities(model, continuations)
+        read = [markers.as_read(one.ids, direction) for one in at_once]
+        found = token_log_probabilities(model, list(map(continuation, read)))
         for window, ids, log_probabilities_W in zip(at_once, read, found, strict=True):
             nats_W = -window.weight * log_probabilities_W.numpy()
             context_W = np.arange(1, len(ids))

@@ -320,6 +320,24 @@ CASES = {
         OutputExistsError,
         ("{place}/shards/small",),
     ),
+    "scores of documents over a file of the user": Case(
+        "shards score {place}/shards --forward {place}/backward_model "
+        "--backward {place}/backward_model --out {place}/bad.jsonl --overwrite",
+        OutputExistsError,
+        ("{place}/bad.jsonl", "did not write"),
+    ),
+    "documents scored by two backward models": Case(
+        "shards score {place}/shards --forward {place}/backward_model "
+        "--backward {place}/backward_model --out {out}/scores.jsonl",
+        DirectionMismatchError,
+        ("the forward model writes backward",),
+    ),
+    "documents selected by other lines than scores": Case(
+        "shards select {place}/shards --scores {place}/blank.jsonl --keep-fraction 0.5 "
+        "--out {out}/best",
+        BadRecordError,
+        ("{place}/blank.jsonl:1", "shards score"),
+    ),
     "a model within a model": Case(
         "convert {place}/backward_model --out {place}/backward_model/hf --to hf",
         OutputExistsError,

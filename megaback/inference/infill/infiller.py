@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data_pipeline.common.number_ranges import COUNT, COUNT_OR_ZERO, SHARE
-from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
-from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.errors import ConfigError, PromptError
+from data_pipeline.text.codec import TextCodec
 from megaback.inference.decoder import Decoder
+from megaback.inference.direction_pair import require_pair
 from megaback.inference.generate import sample_many
 from megaback.inference.infill.join_scores import TOKENS_AT_ONCE, Half, score_half_steps
 from megaback.inference.infill.join_search import Join, best_join_steps, mean_per_token
@@ -123,20 +124,7 @@ class Infiller:
 
     def __init__(self, forward: Reader, backward: Reader) -> None:
         """Raises TokenizerMismatchError or DirectionMismatchError."""
-        for reader, direction in ((forward, Direction.FORWARD), (backward, Direction.BACKWARD)):
-            actual = reader.codec.format
-            if actual.direction is not direction:
-                raise DirectionMismatchError(
-                    f"the {direction.value} model writes {actual.direction.value}; give one model "
-                    "of each direction"
-                )
-            if actual.unit is not Unit.TOKEN:
-                raise DirectionMismatchError(
-                    f"the {direction.value} model has unit {actual.unit.value!r}; give two models "
-                    f"of unit {Unit.TOKEN.value!r}, whose tokens are the same"
-                )
-        turned = replace(backward.codec.format, direction=Direction.FORWARD)
-        forward.codec.format.require_same(turned, "the forward model", "the backward model")
+        require_pair(forward.codec.format, backward.codec.format)
         self.forward, self.backward = forward, backward
         self.context_tokens = min(forward.decoder.context_tokens, backward.decoder.context_tokens)
 
