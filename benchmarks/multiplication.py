@@ -141,7 +141,7 @@ def _accuracy(of_seeds: Sequence[Sequence[float]]) -> str:
     show_default=True,
     help="Number of times that the wrong choices are drawn.",
 )
-@folder_options
+@folder_options("multiplication")
 def main(
     digits: int,
     forms: tuple[str, ...],

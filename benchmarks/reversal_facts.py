@@ -132,7 +132,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     show_default=True,
     help="Size of the tokenizer's vocabulary.",
 )
-@folder_options
+@folder_options("reversal_facts")
 def main(num_facts: int, vocab_size: int, **options: Any) -> None:
     """Make the facts, train, ask, and print the table."""
     folder = Folder(**options)

@@ -111,7 +111,7 @@ def table(found: dict[str, list[dict[str, Any]]], degree: int) -> Iterator[str]:
     show_default=True,
     help="Number of graphs to write the path of.",
 )
-@folder_options
+@folder_options("star_graph")
 def main(
     degree: int,
     path_nodes: int,

@@ -22,7 +22,6 @@ from megaback.config_file import load_config
 from megaback.faults.exit_record import read_exit
 from tools.demo import run
 
-CONFIG = Path(__file__).parent.with_name("controlled.yaml")
 DIRECTIONS = tuple(direction.value for direction in Direction)
 CHARACTER_PIECES = 256 + 3 + len(CHAT_PIECES) + 1
 """Pieces of every tokenizer: bytes, the unknown piece, markers and a space. With one more for each
@@ -133,9 +132,14 @@ def _cpu_s_of_children() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def folder_options(command: Callable[..., None]) -> Callable[..., None]:
+def config_of(task: str) -> Path:
+    """The default config of a task: its model, length of rows and training."""
+    return Path(__file__).with_name(f"{task}.yaml")
+
+
+def folder_options(task: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The options of a `Folder`."""
-    for option in (
+    options = (
         click.option(
             "--steps", type=COUNT.option, help="Steps of each run. Default: the config's."
         ),
@@ -158,15 +162,20 @@ def folder_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--config",
             type=click.Path(path_type=Path, exists=True, dir_okay=False),
-            default=CONFIG,
-            help="Config of the models. Default: controlled.yaml beside this file.",
+            default=config_of(task),
+            help=f"Config of the models. Default: controlled/{task}.yaml beside this file.",
         ),
         click.option(
             "--out", required=True, type=click.Path(path_type=Path), help="Folder to write."
         ),
-    ):
-        command = option(command)
-    return command
+    )
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in options:
+            command = option(command)
+        return command
+
+    return add
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -24,11 +24,12 @@ from benchmarks.controlled.multiplication import (
     split_products,
     wrong_choices,
 )
-from benchmarks.controlled.runner import CONFIG, Folder, cell
+from benchmarks.controlled.runner import Folder, cell, config_of
 from benchmarks.controlled.star_graph import NODES, star_graphs
 from data_pipeline.errors import ConfigError
 from megaback.config_file import load_config
 
+CONFIG = config_of("star_graph")
 FACTORS = st.integers(10, 999)
 
 
@@ -204,8 +205,9 @@ def test_a_cell_has_the_standard_error_of_several_seeds() -> None:
     assert cell([0.4, 0.5, 0.6], 3) == "0.500 ± 0.058"
 
 
-def test_the_config_is_that_of_a_small_model() -> None:
-    config = load_config(CONFIG)
+@pytest.mark.parametrize("task", ["multiplication", "star_graph", "reversal_facts"])
+def test_the_config_of_a_task_is_that_of_a_small_model(task: str) -> None:
+    config = load_config(config_of(task))
 
     assert config.hardware.processes == 1
     assert config.model.num_layers * config.model.width**2 * 12 < 1_000_000
