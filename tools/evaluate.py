@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from click.shell_completion import CompletionItem
@@ -29,6 +29,7 @@ from data_pipeline.common.terminal import print_table
 from data_pipeline.errors import ConfigError
 from data_pipeline.sources.line_writer import writing_lines
 from data_pipeline.sources.record_limits import max_record_bytes_option
+from megaback.config_validation import BenchmarkName, ScoringName
 from tools.model_options import (
     cuda_graphs_option,
     device_option,
@@ -38,13 +39,11 @@ from tools.model_options import (
 )
 
 if TYPE_CHECKING:
-    from tools.suites.base import Metric, Suite, SuiteResult
+    from megaback.suites.accuracy import Metric
+    from tools.suites.base import Suite, SuiteResult
 
 _OWN_SUITES = ("instruction-recall", "reverse-dictionary", "passage-choice", "bits-per-byte")
-_BENCHMARKS = (
-    *("arc_easy", "arc_challenge", "openbookqa", "commonsense_qa", "social_iqa", "hellaswag"),
-    *("piqa", "winogrande", "mmlu", "mmlu_continuation", "sciq", "boolq", "lambada"),
-)
+_BENCHMARKS: tuple[str, ...] = get_args(BenchmarkName)
 SUITES = (*_OWN_SUITES, *_BENCHMARKS)
 
 
@@ -110,7 +109,7 @@ def differences(
 ) -> "dict[str, Metric]":
     """Accuracy of the second model less that of the first, over the rows that both have."""
     from megaback.scoring.bootstrap import mean_interval
-    from tools.suites.base import Metric
+    from megaback.suites.accuracy import Metric
 
     found = {}
     for name, result in first.items():
@@ -159,7 +158,7 @@ def _differences_table(found: "Mapping[str, Metric]") -> Table:
 )
 @click.option(
     "--scoring",
-    type=click.Choice(["question", "joint", "normalized", "ratio"]),
+    type=click.Choice(get_args(ScoringName)),
     default="question",
     show_default=True,
     help="Score of a backward model in the table of benchmarks; --out has all.",

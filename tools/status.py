@@ -50,6 +50,8 @@ class Status:
     """Mean loss of the last steps that were not skipped."""
     validation: Validation | None
     best_validation: Validation | None
+    suites: dict[str, Any] | None
+    """Last measurement of the suites: `step`, and `suites` as in the metrics."""
     tokens_per_s: float | None
     data_wait_share: float | None
     """Share of the last steps' time spent waiting for the slowest loader."""
@@ -121,6 +123,14 @@ def _status(
         tokens_seen=steps[-1]["tokens_seen"] if steps else 0,
         loss=statistics.fmean(with_loss[-_RECENT_STEPS:]) if with_loss else None,
         validation=validations[-1] if validations else None,
+        suites=next(
+            (
+                {"step": line["step"], "suites": line["suites"]}
+                for line in reversed(lines)
+                if "suites" in line
+            ),
+            None,
+        ),
         best_validation=min(measured, key=lambda one: (one.loss or 0.0, one.step), default=None),
         tokens_per_s=(
             statistics.median(line["tokens_per_s"] for line in recent) if recent else None
@@ -152,6 +162,8 @@ def screen(status: Status, now: float) -> str:
         rows.append(("loss", f"{status.loss:.4f} nats/token over the last steps"))
     if status.validation is not None:
         rows.append(("val loss", _validations(status)))
+    if status.suites is not None:
+        rows.append(("suites", _suites(status.suites)))
     if status.tokens_per_s is not None:
         rows.append(("pace", _pace(status)))
     if health.slow_rank is not None:
@@ -203,6 +215,17 @@ def _validations(status: Status) -> str:
     if best is not None and best.step != last.step:
         lowest = f"; lowest {best.loss:.4f} at step {best.step:,}"
     return f"{loss}{bits} at step {last.step:,}{lowest}"
+
+
+def _suites(measured: Mapping[str, Any]) -> str:
+    """The first metric of each suite."""
+    values = []
+    for name, metrics in measured["suites"].items():
+        metric = next(iter(metrics.values()))
+        value = "non-finite" if metric["value"] is None else f"{metric['value']:.3f}"
+        chance = f" (chance {metric['chance']:.3f})" if "chance" in metric else ""
+        values.append(f"{name} {value}{chance}")
+    return f"{', '.join(values)} at step {measured['step']:,}"
 
 
 def _left(status: Status, now: float) -> str:

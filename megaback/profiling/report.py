@@ -65,6 +65,7 @@ def overrides_of(overrides: tuple[str, ...], out: Path, steps: int) -> tuple[str
         "training.epochs=null",
         "validation.every_steps=null",
         "validation.patience=null",
+        "validation.suites=[]",
         "checkpoint.every_steps=null",
         "checkpoint.copy_to=null",
         "logging.wandb=off",

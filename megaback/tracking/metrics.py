@@ -26,6 +26,7 @@ MACHINE_FIELDS = frozenset(
         "slowest_forward_s",
         "forward_lag_s",
         "sample_s",
+        "suite_s",
     }
 )
 """Fields that depend on the machine's speed: they differ between equal runs."""
@@ -39,10 +40,12 @@ _FIELDS = Fields(
             "skipped_rows",
             "val_targets",
             "slowest_rank",
+            "rows",
         )
     ),
     numbers=MACHINE_FIELDS.difference(("memory_peak_bytes", "slowest_rank"))
-    | {"loss", "learning_rate", "gradient_norm", "val_loss", "val_bits_per_byte", "bits_per_byte"},
+    | {"loss", "learning_rate", "gradient_norm", "val_loss", "val_bits_per_byte", "bits_per_byte"}
+    | {"value", "low", "high", "chance"},
     texts=frozenset(("skipped",)),
 )
 _MAX_LINES = 2_000_000
@@ -91,10 +94,13 @@ def parsed_line(text: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(line, dict) or type(line.get("step")) is not int or "left_out" in line:
         return {}  # earlier versions wrote `left_out` instead of `excluded`
-    by_context = line.get("val_by_context", {})
-    if not isinstance(by_context, dict):
+    by_context, suites = line.get("val_by_context", {}), line.get("suites", {})
+    if not all(isinstance(one, dict) for one in (by_context, suites)):
         return {}
-    parts = [line, *by_context.values()]
+    if not all(isinstance(one, dict) for one in suites.values()):
+        return {}
+    metrics = [metric for suite in suites.values() for metric in suite.values()]
+    parts = [line, *by_context.values(), *metrics]
     are_known = all(isinstance(part, dict) and _FIELDS.problem(part) is None for part in parts)
     return line if are_known else {}
 

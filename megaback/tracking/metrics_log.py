@@ -9,7 +9,7 @@ import math
 import statistics
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -71,7 +71,7 @@ class MetricsLog:
         self._run = config.run
         self._noted_losses: set[str] = set()
         self._trackers = Trackers(config, resumed_step or BEFORE_ALL_STEPS, self.message)
-        self._trackers.feed(kept)
+        self._trackers.feed(kept, self._samples.kept)
         self._progress: SafeProgress | None = None
         if sys.stdout.isatty():
             self._progress = SafeProgress(
@@ -144,12 +144,38 @@ class MetricsLog:
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Record samples: each given text, and the text with what was written."""
         self._samples.write(step, texts)
+        self._trackers.feed_samples(step, texts)
         for given, text in texts:
             line = " ".join(text.split())
             if len(line) > _SHOWN_CHARACTERS:
                 is_ending = text.endswith(given)
                 line = f"…{line[-_SHOWN_CHARACTERS:]}" if is_ending else line[:_SHOWN_CHARACTERS]
             self.message(f"step {step}/{self._total_steps}  sample: {line}")
+
+    def suites(
+        self,
+        step: int,
+        results: Mapping[str, Mapping[str, Mapping[str, float | None]]],
+        suite_s: float,
+    ) -> None:
+        """Record metrics of suites by name, each with `value`, `low`, `high`, `rows` and perhaps
+        `chance`; they took `suite_s`."""
+        fields = {
+            suite: {
+                name: {key: _json_number(value) for key, value in metric.items()}
+                for name, metric in metrics.items()
+            }
+            for suite, metrics in results.items()
+        }
+        self._write({"step": step, "suites": fields, "suite_s": suite_s})
+        for suite, metrics in results.items():
+            values = ", ".join(f"{name} {_with_interval(one)}" for name, one in metrics.items())
+            first = next(iter(metrics.values()))
+            chance = f"chance {first['chance']:.3f}, " if first.get("chance") is not None else ""
+            self.message(
+                f"step {step}/{self._total_steps}  {suite}: {values}; {chance}"
+                f"{first['rows']:,} rows"
+            )
 
     def close(self) -> None:
         if self._progress is not None:
@@ -193,6 +219,13 @@ class MetricsLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._trackers.feed([line])
+
+
+def _with_interval(metric: Mapping[str, float | None]) -> str:
+    """A value, and its 95% interval if there is one."""
+    low, high = metric["low"], metric["high"]
+    between = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
+    return f"{metric['value']:.3f}{between}"
 
 
 def _json_number(value: Any) -> Any:

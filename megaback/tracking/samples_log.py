@@ -54,10 +54,15 @@ class SamplesLog:
     def __init__(self, run: Path, resumed_step: int, fence: Fence = NO_FENCE) -> None:
         """Remove lines after `resumed_step`. Raises the errors of `read_samples`."""
         self._path, self._fence = run / SAMPLES_NAME, fence
+        self.kept: dict[int, list[tuple[str, str]]] = {}
+        """Given and whole texts of earlier starts, by step."""
         self._is_begun = os.path.lexists(self._path)
         if self._is_begun:
             earlier = read_samples(run) if resumed_step and self._path.exists() else []
-            self._begin([line for line in earlier if line["step"] <= resumed_step])
+            kept = [line for line in earlier if line["step"] <= resumed_step]
+            self._begin(kept)
+            for line in kept:
+                self.kept.setdefault(line["step"], []).append((line["given"], line["text"]))
 
     def write(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Append samples: the given text and the whole one."""

@@ -3,8 +3,10 @@
 Each start begins a file, whose first event makes TensorBoard discard later steps of earlier files.
 """
 
+import html
+import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from megaback.run_folder import TENSORBOARD_FOLDER
 from megaback.tracking.tracker import BEFORE_ALL_STEPS, Value
 
 _FLUSH_S = 20
+_MARKDOWN = re.compile(r"[\\`*_{}\[\]()#+.!|~-]")
 _RECORD_HEADER = struct.Struct("<QI")  # TFRecord: length, its checksum; data, its checksum
 _CHECKSUM_BYTES = 4
 
 
 class TensorboardTracker:
-    """Writes numbers only: TensorBoard does not plot text."""
+    """Writes numbers as scalars, and samples as a table of text; other texts are omitted."""
 
     def __init__(self, run: Path, last_step: int) -> None:
         """Raises OSError."""
@@ -44,8 +47,19 @@ class TensorboardTracker:
         ]
         self._writer.file_writer.add_summary(Summary(value=numbers), step)
 
+    def write_samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        lines = ["|given|text|", "|:--|:--|"]
+        lines += [f"|{_as_cell(given)}|{_as_cell(text)}|" for given, text in texts]
+        self._writer.add_text("samples", "\n".join(lines), step)
+
     def close(self) -> None:
         self._writer.close()
+
+
+def _as_cell(text: str) -> str:
+    """A text as it is, in a cell of a table in Markdown."""
+    escaped = _MARKDOWN.sub(r"\\\g<0>", text)
+    return "<br>".join(html.escape(escaped, quote=False).splitlines())
 
 
 def _last_step(folder: Path) -> int:

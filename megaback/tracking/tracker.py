@@ -1,6 +1,6 @@
 """Interface of trackers, which receive lines of metrics.jsonl as flat values of a step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 Value = float | str
@@ -16,6 +16,9 @@ class Tracker(Protocol):
 
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         """Log the values of one line of metrics.jsonl; steps never decrease."""
+
+    def write_samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Log the samples of a validation, given and whole texts, after the step's values."""
 
     def close(self) -> None:
         """Flush everything and close."""

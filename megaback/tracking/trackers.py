@@ -4,7 +4,9 @@ metrics.jsonl is canonical. On resume, trackers are truncated to the resumed ste
 step is logged twice. A tracker that fails is dropped, and training continues.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from data_pipeline.common.packages import is_installed
@@ -13,6 +15,7 @@ from data_pipeline.redaction import scrub
 from megaback.config import Config
 from megaback.tracking.tracker import Tracker, flat_values
 
+_NO_SAMPLES: Mapping[int, Sequence[tuple[str, str]]] = {}
 _A_MODULE_OF = {"wandb": "wandb.sdk", "tensorboard": "tensorboard.summary"}
 """Modules that a plain folder of that name, such as one of offline runs, does not have."""
 
@@ -43,13 +46,27 @@ class Trackers:
                     "there again"
                 )
 
-    def feed(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Pass lines of metrics.jsonl to the trackers that lack them."""
-        for line in lines:
-            step, values = line["step"], flat_values(line)
-            for name, tracker in list(self._trackers.items()):
-                if step > tracker.held_step:
-                    self._attempt(name, tracker.write, step, values)
+    def feed(
+        self,
+        lines: Iterable[Mapping[str, Any]],
+        samples: Mapping[int, Sequence[tuple[str, str]]] = _NO_SAMPLES,
+    ) -> None:
+        """Pass lines of metrics.jsonl to the trackers that lack them, with samples by step."""
+        left = dict(samples)
+        for step, of_step in groupby(lines, key=itemgetter("step")):
+            for line in of_step:
+                self._pass(step, "write", flat_values(line))
+            if step in left:
+                self.feed_samples(step, left.pop(step))
+
+    def feed_samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Pass the samples of a validation, after the step's line."""
+        self._pass(step, "write_samples", texts)
+
+    def _pass(self, step: int, method: str, values: Any) -> None:
+        for name, tracker in list(self._trackers.items()):
+            if step > tracker.held_step:
+                self._attempt(name, getattr(tracker, method), step, values)
 
     def close(self) -> None:
         for name, tracker in list(self._trackers.items()):

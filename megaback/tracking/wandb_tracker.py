@@ -5,7 +5,7 @@ metrics.jsonl is, unless they have been sent; online, the server reports its las
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -63,6 +63,11 @@ class WandbTracker:
     def write(self, step: int, values: Mapping[str, Value]) -> None:
         with _disconnect_if_lost():
             self._run.log(dict(values), step=step)
+
+    def write_samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        table = wandb.Table(columns=["given", "text"], data=[list(one) for one in texts])
+        with _disconnect_if_lost():
+            self._run.log({"samples": table}, step=step)
 
     def close(self) -> None:
         with _disconnect_if_lost():

@@ -12,6 +12,7 @@ from megaback.distributed.world import World
 from megaback.faults.watchdog import Watchdog
 from megaback.model.compiler import GraphCounter
 from megaback.training.start import Changes
+from megaback.training.suites import Suites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class Run:
     """Lock of the run's folder, held while it is open."""
     changes: Changes
     """Keys of the config that were changed on resume."""
+    suites: Suites | None
+    """Benchmarks that are measured during training."""
 
     def is_excluded(self, step: int) -> bool:
         """Whether a step, counted from 1, is excluded by a rollback."""

@@ -71,6 +71,7 @@ from megaback.training.start import (
     changes_on_resume,
     require_readable,
 )
+from megaback.training.suites import open_suites
 from megaback.weights.init_from import open_base
 
 _LOG = logging.getLogger("megaback.training")
@@ -127,6 +128,7 @@ def prepare_run(
             if lock is not None:
                 release_lock(lock)
             return ended
+    suites = open_suites(config, data, world)
     # Before the model is created, which is whole on every rank.
     rooms = world.gather(available_memory(world.device), AvailableMemory)
     world.run_collectively(require_memory, config, data.codec.vocab_size, rooms)
@@ -210,6 +212,7 @@ def prepare_run(
         watchdog=watchdog,
         lock=lock,
         changes=changes,
+        suites=suites,
     )
 
 

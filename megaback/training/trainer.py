@@ -24,7 +24,6 @@ from megaback.distributed.world import CollectiveExit, Reduction, World, attempt
 from megaback.faults.run_lock import release_lock
 from megaback.faults.step_guard import StepGuard, guarded_steps
 from megaback.faults.stop_request import StopRequest
-from megaback.inference.sampling import SamplingOptions
 from megaback.optim.lr_schedule import rate_factor_at
 from megaback.run_folder import METRICS_NAME
 from megaback.tracking.metrics import RankTimes, StepRecord, read_metrics
@@ -34,10 +33,10 @@ from megaback.training.device_batches import DeviceBatches
 from megaback.training.early_stopping import EarlyStopping, mark_best, read_measurements
 from megaback.training.forward_time import ForwardTime, with_rank, without_rank
 from megaback.training.history_gap import history_gap
+from megaback.training.measurements import Measurements
 from megaback.training.run import Run, batch_arithmetic
-from megaback.training.samples import write_samples
 from megaback.training.start import describe_changes
-from megaback.training.validation import evaluate, to_device
+from megaback.training.validation import to_device
 
 _COMPILING_STEPS = 2
 """First steps of a run, in which compiling is no news."""
@@ -78,6 +77,7 @@ class Trainer:
         self._forward_time = (
             ForwardTime(run.engine, world.device) if run.config.logging.rank_times else None
         )
+        self._measurements = Measurements(run, world, stop, self._record)
         self._saved_step = run.start_step
         self._val_loss = run.val_loss
 
@@ -87,8 +87,15 @@ class Trainer:
         Raises PreemptedError, UserInterruptError or NonFiniteError on all ranks.
         """
         run, total_steps = self._run, self._run.data.total_steps
+        measurements, validation = self._measurements, run.config.validation
         if not run.start_step:
             self._val_loss = self._validate(0)
+            measurements.measure_suites(0)
+        elif _is_due(validation.suites_interval, run.start_step) and measurements.lacks_suites(
+            run.start_step
+        ):
+            measurements.measure_suites(run.start_step)
+        measurements.report_cost(run.start_step)
         run.engine.train()
         self._stop.begin_training()
         started = monotonic()
@@ -113,10 +120,18 @@ class Trainer:
             else:
                 self._train_step(step, micro_batches, agreed, started)
             is_end = done == total_steps
-            if _is_due(run.config.validation.every_steps, done) or is_end:
+            if _is_due(validation.every_steps, done) or is_end:
                 with self._saving_before_end(done):
                     self._val_loss = self._validate(done)
                 is_end = is_end or self._early_stopping.is_exhausted
+            if _is_due(validation.suites_interval, done) or is_end:
+                with self._saving_before_end(done):
+                    is_measured = measurements.measure_suites(done, is_end=is_end)
+                    if not is_measured and not is_end:
+                        self._ahead.take()
+                if not is_measured and not is_end:
+                    self._stop_after(done)
+            measurements.report_cost(done)
             is_due = _is_due(run.config.checkpoint.every_steps, done)
             if is_due or is_end or self._early_stopping.is_kept(done):
                 self._save(done)
@@ -239,49 +254,10 @@ class Trainer:
 
     def _validate(self, done: int) -> float | None:
         """Loss on the val set in nats per target; None without a val set."""
-        run, world = self._run, self._world
-        if not run.data.has_val:
-            return None
-        measured = evaluate(
-            run.engine,
-            run.data.validation(world.rank, world.size),
-            run.config.batch.context_tokens,
-            run.data.codec.piece_num_bytes(),
-            world,
-            lambda: run.watchdog.set_phase("validating", done),
-            is_compiled=run.compiler is not None,
-        )
-        texts, sample_s = self._write_samples(done)
-        self._record(lambda log: log.validation(done, measured, sample_s))
-        if texts:
-            self._record(lambda log: log.samples(done, texts))
-        loss = measured.whole.nats_per_token
-        self._early_stopping.measured(done, loss)
+        loss = self._measurements.validate(done)
+        if loss is not None:
+            self._early_stopping.measured(done, loss)
         return loss
-
-    def _write_samples(self, done: int) -> tuple[list[tuple[str, str]], float | None]:
-        """Each given text of `validation.samples` and the whole one, and the time in seconds."""
-        run, given = self._run, self._run.data.given
-        if not given.texts:
-            return [], None
-        started = monotonic()
-        samples = write_samples(
-            run.engine,
-            given.prompts,
-            given.codec,
-            SamplingOptions(
-                max_new_tokens=run.config.validation.sample_tokens,
-                temperature=run.config.validation.sample_temperature,
-                seed=run.config.training.seed,
-            ),
-            done,
-            run.data.micro_batch_rows,
-            self._world.device,
-            lambda: run.watchdog.set_phase("writing samples", done),
-            is_compiled=run.compiler is not None,
-        )
-        whole = map(given.whole, range(len(samples)), samples)
-        return list(zip(given.texts, whole, strict=True)), monotonic() - started
 
     def _save(self, done: int) -> None:
         self._world.stop_if_any(self._log_error)  # a checkpoint never lacks the lines before it
@@ -351,6 +327,8 @@ def _open_log(run: Run, world: World) -> MetricsLog | None:
         gap = history_gap(config, run.start_step)
         if gap is not None:
             log.message(gap)
+    for line in run.suites.describe() if run.suites is not None else ():
+        log.message(line)
     if run.changes:
         log.message(f"changed on resume: {describe_changes(run.changes)}")
     return log

@@ -18,9 +18,9 @@ from megaback.inference.decoder import Decoder
 from megaback.inference.device_pool import DevicePool
 from megaback.inference.placement import choose_device, choose_dtype, dtype_name
 from megaback.inference.sampling import SamplingOptions
-from megaback.scoring.bootstrap import Interval, mean_interval
 from megaback.scoring.pairs import Pair
 from megaback.scoring.scorer import Form, PairEncoder, Score, Scorer
+from megaback.suites.accuracy import Metric
 from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import load_model_folder
 
@@ -49,24 +49,6 @@ class SuiteOptions:
         if value is None:
             raise ConfigError(f"--suite {suite} needs --{name}; add the option")
         return value
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A measured value with its interval, the number of rows, and the value of chance."""
-
-    interval: Interval
-    rows: int
-    chance: float | None = None
-
-    @classmethod
-    def mean(cls, values: Sequence[float], seed: int, chance: float) -> "Metric":
-        """Mean of one value per row."""
-        return cls(mean_interval(values, seed), len(values), chance)
-
-    def to_dict(self) -> dict[str, float | None]:
-        fields: dict[str, float | None] = {**self.interval.to_dict(), "rows": self.rows}
-        return fields if self.chance is None else {**fields, "chance": round(self.chance, 6)}
 
 
 @dataclass(frozen=True)

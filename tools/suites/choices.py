@@ -1,27 +1,31 @@
 """Suites of published benchmarks: the choice of an answer, in either direction."""
 
 import math
-from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
-
-from data_pipeline.errors import PromptError, SourceEmptyError
 from megaback.inference.device_pool import DevicePool
-from megaback.scoring.bootstrap import Interval, mean_interval, ratio_interval
+from megaback.scoring.bootstrap import Interval, mean_interval
 from megaback.scoring.choices import (
     ChoiceEncoder,
     ChoiceScore,
-    EncodedChoice,
     Scoring,
     pool_likelihoods,
     score_choices,
 )
-from tools.suites.base import Evaluated, Metric, Suite, SuiteOptions, SuiteResult
-from tools.suites.choice_data import read_benchmark
-from tools.suites.choice_rows import BENCHMARKS, ChoiceRow
-
-ACCURACY, NORMALIZED_ACCURACY = "acc", "acc_norm"
+from megaback.suites.accuracy import (
+    ACCURACY,
+    BITS_PER_BYTE,
+    Metric,
+    ScoredRows,
+    accuracies,
+    bits_per_byte,
+    chance_of,
+    encode_rows,
+    scored_rows,
+)
+from megaback.suites.data import read_benchmark
+from megaback.suites.rows import BENCHMARKS
+from tools.suites.base import Evaluated, Suite, SuiteOptions, SuiteResult
 
 
 def benchmark_suite(name: str) -> Suite:
@@ -35,42 +39,30 @@ def _evaluate(
     benchmark = BENCHMARKS[name]
     read = read_benchmark(name, benchmark, options.benchmarks, options.limit)
     encoder = ChoiceEncoder(evaluated.codec, evaluated.description.context_tokens)
-    rows: dict[int, list[EncodedChoice]] = {}
-    for number, row in enumerate(read.rows):
-        try:
-            rows[number] = encoder.encode_all(row.choices)
-        except PromptError:  # it is counted
-            continue
-    if not rows:
-        raise SourceEmptyError(
-            f"no row of {name} fits the model's context of {encoder.context_tokens} tokens"
-        )
+    rows = encode_rows(name, read.rows, encoder)
     pool = DevicePool(
         evaluated.folder, [evaluated.device], evaluated.weights_dtype, evaluated.model
     )
-    is_text = benchmark.num_choices == 1
     scores = score_choices(
         [one for encoded in rows.values() for one in encoded],
         pool_likelihoods(pool),
-        with_given=encoder.is_backward or is_text,
-        with_prior=encoder.is_backward and not is_text,
+        with_given=encoder.is_backward or benchmark.is_text,
+        with_prior=encoder.is_backward and not benchmark.is_text,
     )
-    ends = np.cumsum([len(encoded) for encoded in rows.values()])
-    groups = [scores[end - len(one) : end] for end, one in zip(ends, rows.values(), strict=True)]
-    scored = [(read.rows[number], group) for number, group in zip(rows, groups, strict=True)]
+    scored = scored_rows(read.rows, rows, scores)
     facts = {
         "task": benchmark.task,
         "split": read.split,
         "source": read.source,
         "truncated": sum(any(one.num_cut for one in encoded) for encoded in rows.values()),
     }
-    if is_text:
+    num_excluded = len(read.rows) - len(rows)
+    if benchmark.is_text:
         metrics = _text_metrics(scored, encoder.is_backward, options.seed)
-        return SuiteResult(len(rows), metrics, len(read.rows) - len(rows), facts=facts)
-    values = _values(scored, encoder.is_backward)
-    if not benchmark.has_normalized:
-        values.pop(NORMALIZED_ACCURACY, None)
-    chance = sum(1 / len(row.choices) for row, _ in scored) / len(scored)
+        return SuiteResult(len(rows), metrics, num_excluded, facts=facts)
+    scorings = [*Scoring] if encoder.is_backward else None
+    values = accuracies(scored, scorings, has_normalized=benchmark.has_normalized)
+    chance = chance_of(scored)
     predictions = [
         {"row": number, "label": row.label, "scores": [_fields(one) for one in group]}
         for number, (row, group) in zip(rows, scored, strict=True)
@@ -79,7 +71,7 @@ def _evaluate(
     return SuiteResult(
         len(rows),
         {key: Metric.mean(one, options.seed, chance) for key, one in values.items()},
-        len(read.rows) - len(rows),
+        num_excluded,
         predictions,
         facts=facts,
         shown=shown,
@@ -87,54 +79,20 @@ def _evaluate(
     )
 
 
-def _values(
-    scored: Sequence[tuple[ChoiceRow, list[ChoiceScore]]], is_backward: bool
-) -> dict[str, list[float]]:
-    """Whether the best answer of each row is the correct one, by each score; ties go to the first.
-
-    As lm_eval does, `acc_norm` divides by characters.
-    """
+def _text_metrics(scored: ScoredRows, is_backward: bool, seed: int) -> dict[str, Metric]:
+    """Bits per byte; and of a forward model whether it writes the last word, and the perplexity of
+    that."""
+    bits = {BITS_PER_BYTE: bits_per_byte(scored, seed)}
     if is_backward:
-        return {
-            scoring.value: [
-                _is_right(row, [one.value(scoring) for one in group]) for row, group in scored
-            ]
-            for scoring in Scoring
-        }
-    plain = [(row, [one.log_probability for one in group]) for row, group in scored]
-    return {
-        ACCURACY: [_is_right(row, values) for row, values in plain],
-        NORMALIZED_ACCURACY: [
-            _is_right(row, [v / max(len(t), 1) for v, t in zip(values, row.texts, strict=True)])
-            for row, values in plain
-        ],
-    }
-
-
-def _is_right(row: ChoiceRow, values: Sequence[float]) -> float:
-    return float(int(np.argmax(values)) == row.label)
-
-
-def _text_metrics(
-    scored: Sequence[tuple[ChoiceRow, list[ChoiceScore]]], is_backward: bool, seed: int
-) -> dict[str, Metric]:
-    """Bits per byte of whole texts, the same quantity in both directions; and of a forward model
-    whether it writes the last word, and the perplexity of that."""
+        return bits
     scores = [one for _, (one,) in scored]
-    texts = [row.choices[0].context + row.choices[0].continuation for row, _ in scored]
-    nats = [-(one.log_probability + (one.given_log_probability or 0.0)) for one in scores]
-    bits = ratio_interval(nats, [len(text.encode()) for text in texts], seed)
-    metrics = {"bits/byte": Metric(bits.scaled(1 / math.log(2)), len(scores))}
-    if not is_backward:
-        loss = mean_interval([-one.log_probability for one in scores], seed)
-        metrics = {
-            ACCURACY: Metric(
-                mean_interval([float(one.is_greedy) for one in scores], seed), len(scores)
-            ),
-            "perplexity": Metric(_exponential(loss), len(scores)),
-            **metrics,
-        }
-    return metrics
+    loss = mean_interval([-one.log_probability for one in scores], seed)
+    is_greedy = mean_interval([float(one.is_greedy) for one in scores], seed)
+    return {
+        ACCURACY: Metric(is_greedy, len(scores)),
+        "perplexity": Metric(_exponential(loss), len(scores)),
+        **bits,
+    }
 
 
 def _exponential(one: Interval) -> Interval:

@@ -17,8 +17,9 @@ from data_pipeline.text.codec import Direction
 from megaback.scoring.bootstrap import ratio_interval
 from megaback.scoring.pairs import Pair
 from megaback.scoring.scorer import Form
+from megaback.suites.accuracy import Metric
 from megaback.training.validation import to_device
-from tools.suites.base import Evaluated, Metric, SuiteOptions, SuiteResult
+from tools.suites.base import Evaluated, SuiteOptions, SuiteResult
 from tools.suites.recall import NUM_CHOICES, first_is_best
 
 _DEFAULT_ITEMS = 500

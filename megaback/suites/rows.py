@@ -46,6 +46,11 @@ class Benchmark:
     has_normalized: bool = False
     """Whether the task also reports `acc_norm`."""
 
+    @property
+    def is_text(self) -> bool:
+        """Whether a row is one text, whose likelihood is measured."""
+        return self.num_choices == 1
+
 
 def _answers(context: str, texts: "list[str] | tuple[str, ...]", label: int) -> ChoiceRow:
     """Answers to one question, after a space each."""
