@@ -217,7 +217,7 @@ def half_table(
 @click.option(
     "--steps",
     type=COUNT.option,
-    default=300,
+    default=200,
     show_default=True,
     help="Steps of the models that are trained on halves.",
 )

@@ -5,9 +5,7 @@ resumes. Tasks share the texts; the one that completes the last writes the outpu
 depend on the texts, the models and the options, not on kills or on the number of tasks.
 """
 
-import hashlib
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,33 +17,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from data_pipeline.build.options import text_column_option
-from data_pipeline.common.atomic import write_text
-from data_pipeline.common.checked_json import read_json
 from data_pipeline.common.command import ResumableCommand, examples
-from data_pipeline.common.file_hash import file_sha256
-from data_pipeline.common.locks import locked
 from data_pipeline.common.number_ranges import (
     COUNT,
     MANY,
-    MANY_OR_ZERO,
     NUMBER,
 )
 from data_pipeline.common.output_paths import (
-    is_stream,
-    is_vacant,
     overwrite_option,
-    read_object,
-    require_apart,
-    writing_output,
 )
-from data_pipeline.common.regular_files import require_no_link
 from data_pipeline.common.shared_options import limit_option
 from data_pipeline.common.source_type import SOURCE
 from data_pipeline.errors import (
-    CheckpointMissingError,
     DirectionMismatchError,
-    LaunchError,
-    OutputExistsError,
 )
 from data_pipeline.redaction import place_of
 from data_pipeline.sources.documents import Columns, Slice
@@ -54,10 +38,8 @@ from data_pipeline.sources.registry import list_source, read_slice
 from data_pipeline.sources.skipped import skipped_lines
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction
-from megaback.run_folder import MODEL_CONFIG_NAME
 from tools.backtranslation.example_selection import Choice, different_texts
 from tools.backtranslation.proposals import BackTranslator, RoundTripScorer, Text
-from tools.backtranslation.resumable_chunks import ResumableChunks
 from tools.model_options import (
     cuda_graphs_option,
     device_option,
@@ -68,102 +50,25 @@ from tools.model_options import (
     temperature_option,
     top_k_option,
 )
+from tools.resumable_output import (
+    ResumableOutput,
+    converted,
+    identity,
+    out_option,
+    task_index_option,
+    tasks_option,
+)
 
 if TYPE_CHECKING:
     import torch
 
-PLAN_NAME = "plan.json"
-OUTPUT_NAME = "output.json"
-"""Name of the file in the work folder with the hashes of all outputs written from it."""
 _FORMAT = {"format": "megaback-backtranslation", "version": 3}
 _PROGRESS_INTERVAL_S = 10.0
-_PLAN_DRAFT = re.compile(rf"\.{re.escape(PLAN_NAME)}\..*\.partial")
-
-
-def work_folder(out: Path) -> Path:
-    """The folder of results beside the output, which is kept."""
-    return out.with_name(f"{out.name}.work")
-
-
-def _require_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Create the work folder with this plan, or check that it has the same one.
-
-    Raises OutputExistsError for another plan, and for a folder that has other files and no plan.
-    """
-    require_no_link(folder)
-    path = folder / PLAN_NAME
-    if not path.exists():
-        is_foreign = (not folder.is_dir() and folder.exists()) or _has_other_files(folder)
-        if is_foreign and not path.exists():  # else another task has just created it
-            raise OutputExistsError(
-                f"{folder}, the work folder, already holds something that this command did not "
-                "write; choose another --out"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(plan, indent=2) + "\n")
-        return
-    try:
-        found = read_json(path)
-    except (OSError, ValueError):
-        found = {}
-    for key in plan:
-        if found.get(key) != plan[key]:
-            raise OutputExistsError(
-                f"{folder} was created with another {key}; use the same one, choose another --out, "
-                "or remove that folder"
-            )
 
 
 def _inputs(pieces: Iterable[Slice]) -> list[dict[str, Any]]:
     """The inputs for the plan, with URLs stripped of secrets and signatures, which may change."""
     return [{**asdict(piece), "path": place_of(piece.path)} for piece in pieces]
-
-
-def _converted(path: Path) -> Path:
-    """The model folder of a run or a checkpoint; avoids importing torch if it is one already."""
-    if (path / MODEL_CONFIG_NAME).is_file():
-        return path
-    from megaback.weights.converted import model_folder
-
-    return model_folder(path)
-
-
-def _require_output(out: Path, inputs: Iterable[str | Path | None]) -> None:
-    """Check that the output is absent, or unchanged since written. Raises OutputExistsError."""
-    if is_stream(out):
-        raise OutputExistsError(
-            f"--out {out} is not a regular file, which is needed to resume; name one"
-        )
-    require_apart(out, inputs)
-    if not is_vacant(out) and (out.is_dir() or file_sha256(out) not in _written(out)):
-        raise OutputExistsError(
-            f"{out} holds something that this command did not write, or that was modified since; "
-            "choose another --out"
-        )
-
-
-def _written(out: Path) -> list[str]:
-    """Hashes of all outputs written from this work folder."""
-    hashes = (read_object(work_folder(out) / OUTPUT_NAME) or {}).get("sha256")
-    return hashes if isinstance(hashes, list) else []
-
-
-def _has_other_files(folder: Path) -> bool:
-    """Whether a work folder without a plan holds anything but locks and drafts of plans."""
-    return folder.is_dir() and any(
-        path.suffix != ".lock" and not _PLAN_DRAFT.fullmatch(path.name) for path in folder.iterdir()
-    )
-
-
-def _identity(model: Path) -> str:
-    """Identity of a model folder: the hash of config.json, which has the hashes of weights."""
-    try:
-        return hashlib.sha256((model / MODEL_CONFIG_NAME).read_bytes()).hexdigest()
-    except FileNotFoundError:
-        raise CheckpointMissingError(
-            f"{model} holds no model: {MODEL_CONFIG_NAME} is missing; create one by "
-            "`megaback convert`"
-        ) from None
 
 
 def _texts(
@@ -214,51 +119,33 @@ def _require_direction(folder: Path, found: Direction, wanted: Direction) -> Non
 
 
 def _do_task(
-    parts: ResumableChunks,
+    output: ResumableOutput,
     task: int,
-    num_tasks: int,
     texts: Iterator[Text],
     batch_size: int,
     translator: BackTranslator,
 ) -> None:
     """Generate the missing chunks of a task."""
-    done = parts.resume(task)
-    if done:
-        click.echo(f"task {task} resumes after {done} chunks", err=True)
-    chunks = iter(lambda: list(islice(texts, batch_size)), [])
     started = logged_s = time.monotonic()
     num_texts = 0
-    for chunk in islice(chunks, task + done * num_tasks, None, num_tasks):
-        parts.append(task, translator.records(chunk))
-        num_texts += len(chunk)
-        if time.monotonic() - logged_s > _PROGRESS_INTERVAL_S:
-            logged_s = time.monotonic()
-            line = {"event": "backtranslate", "task": task, "texts": num_texts}
-            rate = {"texts_per_s": round(num_texts / (logged_s - started), 2)}
-            click.echo(json.dumps({**line, "up_to": chunk[-1].position, **rate}), err=True)
-    parts.finish(task)
+    every = iter(lambda: list(islice(texts, batch_size)), [])
+    with output.chunks(task, every) as chunks:
+        for chunk in chunks:
+            output.append(task, translator.records(chunk))
+            num_texts += len(chunk)
+            if time.monotonic() - logged_s > _PROGRESS_INTERVAL_S:
+                logged_s = time.monotonic()
+                line = {"event": "backtranslate", "task": task, "texts": num_texts}
+                rate = {"texts_per_s": round(num_texts / (logged_s - started), 2)}
+                click.echo(json.dumps({**line, "up_to": chunk[-1].position, **rate}), err=True)
 
 
-def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -> None:
+def _write(output: ResumableOutput, choice: Choice, overwrite: bool) -> None:
     counts: Counter[str] = Counter()
-    digest = hashlib.sha256()
-    with writing_output(out, overwrite=overwrite or not is_vacant(out)) as file:
-        for row in choice.examples(
-            lambda: (record for chunk in parts.read_all() for record in chunk), counts
-        ):
-            line = json.dumps(row).encode() + b"\n"
-            digest.update(line)
-            file.write(line)
-        found = digest.hexdigest()
-        if not overwrite and not is_vacant(out) and file_sha256(out) != found:
-            raise OutputExistsError(
-                f"{out} was written with another --keep or --min-score; add --overwrite to replace "
-                "it, or remove it"
-            )
-        hashes = list(dict.fromkeys([*_written(out), found]))
-        write_text(work_folder(out) / OUTPUT_NAME, json.dumps({"sha256": hashes}) + "\n")
+    rows = choice.examples(output.results, counts)
+    output.write(rows, overwrite=overwrite, differs="with another --keep or --min-score")
     texts, examples = counts.pop("texts", 0), counts.pop("examples", 0)
-    click.echo(f"{out}: {examples:,} examples from {texts:,} texts")
+    click.echo(f"{output.out}: {examples:,} examples from {texts:,} texts")
     for why, count in sorted(counts.items()):
         click.echo(f"  excluded: {count:,} ({why})")
 
@@ -280,9 +167,7 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
     required=True,
     help="Source of texts: a path, pattern, URL or hf:NAME.",
 )
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="File of JSON lines to write."
-)
+@out_option
 @overwrite_option
 @text_column_option
 @click.option(
@@ -317,18 +202,8 @@ def _merge(parts: ResumableChunks, choice: Choice, out: Path, overwrite: bool) -
     show_default=True,
     help="Number of texts per batch.",
 )
-@click.option(
-    "--tasks",
-    type=MANY.option,
-    default=1,
-    show_default=True,
-    help="Number of tasks to split the texts into.",
-)
-@click.option(
-    "--task-index",
-    type=MANY_OR_ZERO.option,
-    help="Index of the task to run, from 0. Default: all tasks.",
-)
+@tasks_option("texts")
+@task_index_option
 @device_option
 @dtype_option
 @cuda_graphs_option
@@ -359,11 +234,10 @@ def main(
 
     Run the same command again to resume. --keep and --min-score may be changed afterwards.
     """
-    if task_index is not None and task_index >= tasks:
-        raise click.UsageError(f"--task-index {task_index} is not less than --tasks {tasks}.")
-    _require_output(out, (source, folder, forward))
-    folder = _converted(folder)
-    forward = None if forward is None else _converted(forward)
+    output = ResumableOutput(out, tasks, task_index)
+    output.require((source, folder, forward))
+    folder = converted(folder)
+    forward = None if forward is None else converted(forward)
     columns = Columns(text_column)
     listing = list_source(source, columns, max_record_bytes=max_record_bytes)
     pieces = listing.slices
@@ -371,8 +245,8 @@ def main(
         click.echo(line, err=True)
     plan = {
         **_FORMAT,
-        "model": _identity(folder),
-        "--forward": forward and _identity(forward),
+        "model": identity(folder),
+        "--forward": forward and identity(forward),
         "--in": _inputs(pieces),
         "--text-column": text_column,
         "--limit": limit,
@@ -385,11 +259,8 @@ def main(
         "--tasks": tasks,
         "--dtype": dtype,
     }
-    _require_plan(work_folder(out), plan)
-    parts = ResumableChunks(work_folder(out), tasks)
-    wanted = range(tasks) if task_index is None else [task_index]
-    waiting = [task for task in wanted if not parts.is_done(task)]
-    if waiting:
+    output.claim(plan)
+    if waiting := output.waiting:
         from megaback.inference.placement import choose_device, choose_dtype
         from megaback.inference.sampling import SamplingOptions
 
@@ -401,18 +272,10 @@ def main(
             folder, forward, on, choose_dtype(dtype, on), cuda_graphs, options, num_samples
         )
         for task in waiting:
-            with locked(parts.lock_path(task), wait=False) as is_ours:
-                if not is_ours:
-                    raise LaunchError(
-                        f"another process is running task {task} of {out}; wait for it, or stop it"
-                    )
-                texts = _texts(pieces, columns, limit, max_record_bytes)
-                _do_task(parts, task, tasks, texts, batch_size, translator)
-    missing = parts.missing
-    if missing:
-        click.echo(f"task {task_index} is done; {len(missing)} of {tasks} are still missing")
-        return
-    _merge(parts, Choice(keep, min_score), out, overwrite)
+            texts = _texts(pieces, columns, limit, max_record_bytes)
+            _do_task(output, task, texts, batch_size, translator)
+    if output.is_complete():
+        _write(output, Choice(keep, min_score), overwrite)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data_pipeline.common.locks import locked
 from data_pipeline.errors import OutputExistsError
@@ -24,9 +21,9 @@ from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.weights.model_folder import load_model_folder
 from tests.helpers.models import write_chat_model
 from tests.helpers.paths import ROOT
-from tools.backtranslate import _require_plan, main, work_folder
-from tools.backtranslation.example_selection import Choice
-from tools.backtranslation.resumable_chunks import ResumableChunks
+from tools.backtranslate import main
+from tools.resumable_chunks import ResumableChunks
+from tools.resumable_output import require_plan, work_folder
 
 Codecs = Callable[..., TextCodec]
 Translate = Callable[..., Result]
@@ -195,45 +192,6 @@ def test_the_selection_can_be_changed_afterwards(translate: Translate, tmp_path:
     assert rows_of(tmp_path / "out.jsonl") == [row for row in before if row["score"] >= minimum]
 
 
-PROPOSALS = st.lists(
-    st.lists(
-        st.fixed_dictionaries(
-            {
-                "instruction": st.sampled_from(["a", "A", " a", "b", "c"]),
-                "score": st.floats(-2, 2),
-                "log_probability": st.floats(-9, 0),
-            }
-        ),
-        max_size=3,
-    ),
-    max_size=8,
-)
-
-
-@given(PROPOSALS, st.integers(1, 3), st.none() | st.floats(-2, 2))
-def test_an_instruction_is_assigned_to_the_text_with_its_best_score(
-    proposals: list[list[dict[str, Any]]], keep: int, min_score: float | None
-) -> None:
-    records = [
-        {"index": number, "position": f"{number}", "text": "t", "proposals": of_one}
-        for number, of_one in enumerate(proposals)
-    ]
-    counts: Counter[str] = Counter()
-    rows = list(Choice(keep, min_score).examples(lambda: records, counts))
-    offered = [
-        (one["instruction"].strip().lower(), one["score"])
-        for of_one in proposals
-        for one in of_one[:keep]
-        if min_score is None or one["score"] >= min_score
-    ]
-    assert {row["instruction"].strip().lower() for row in rows} == {name for name, _ in offered}
-    for row in rows:
-        name = row["instruction"].strip().lower()
-        assert row["score"] == max(score for other, score in offered if other == name)
-    assert counts["texts"] == len(proposals)
-    assert counts["examples"] == len(rows)
-
-
 def test_conflicting_inputs_are_refused_and_nothing_is_lost(
     translate: Translate, folders: dict[Direction, Path], tmp_path: Path
 ) -> None:
@@ -272,11 +230,11 @@ def test_tasks_may_create_the_work_folder_concurrently(tmp_path: Path) -> None:
     folder.mkdir()
     for name in (".plan.json.0123456789ab.partial", "part-00001.lock"):
         (folder / name).touch()
-    _require_plan(folder, {"--seed": 1})
-    _require_plan(folder, {"--seed": 1})
+    require_plan(folder, {"--seed": 1})
+    require_plan(folder, {"--seed": 1})
     with pytest.raises(OutputExistsError, match="created with another --seed"):
-        _require_plan(folder, {"--seed": 2})
+        require_plan(folder, {"--seed": 2})
     (folder / "plan.json").unlink()
     (folder / "notes.txt").touch()
     with pytest.raises(OutputExistsError, match="already holds something"):
-        _require_plan(folder, {"--seed": 1})
+        require_plan(folder, {"--seed": 1})

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import StorageError
-from tools.backtranslation import resumable_chunks
-from tools.backtranslation.resumable_chunks import ResumableChunks
+from tools import resumable_chunks
+from tools.resumable_chunks import ResumableChunks
 
 
 def test_chunks_are_read_in_order_and_a_partial_line_is_truncated(tmp_path: Path) -> None:
