@@ -1,7 +1,7 @@
 """`megaback plot`: loss, learning rate, gradient norm and throughput of runs, in one figure.
 
 Writes a PNG, and a self-contained HTML page with the same figure, a table of the runs, the
-differences between their configs, and the newest samples of each.
+last values of suites, the differences between their configs, and the newest samples of each.
 """
 
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ from megaback.tracking.run_progress import runs_below
 from megaback.tracking.samples_log import read_samples
 from tools.run_views.curves import Axis, RunCurves, differences, names_of, read_curves
 from tools.run_views.curves_figure import COLORS, Style, curves_figure, svg_of
+from tools.run_views.suites_figure import suites_table
 
 _SMOOTHED_SHARE = 50
 _MARK = f'<meta name="generator" content="{MAKER}">'
@@ -88,6 +89,9 @@ def page_of(
         f"<style>{_STYLE}</style></head><body>{svg}",
         _table(heads, rows),
     ]
+    suites = [[escape(cell) for cell in row] for row in suites_table(curves)]
+    if suites:
+        parts.append(_table(("suite", "chance", *(escape(one.name) for one in curves)), suites))
     if unequal:
         names = ("difference", *(escape(one.name) for one in curves))
         cells = [[escape(key), *map(escape, values)] for key, values in unequal]

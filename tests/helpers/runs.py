@@ -10,6 +10,19 @@ from megaback.run_folder import METRICS_NAME
 ROW_TOKENS = 2048
 
 
+def add_suites(run: Path, at: dict[int, dict[str, Any]]) -> None:
+    """Append measurements of suites, by step, to a run's metrics."""
+    with (run / METRICS_NAME).open("a") as file:
+        for step, suites in at.items():
+            file.write(json.dumps({"step": step, "suites": suites, "suite_s": 1.0}) + "\n")
+
+
+def suite_metric(value: float, chance: float | None = 0.25) -> dict[str, Any]:
+    """A metric with an interval of 0.1 on either side."""
+    fields = {"value": value, "low": value - 0.1, "high": value + 0.1, "rows": 200}
+    return fields if chance is None else {**fields, "chance": chance}
+
+
 def finished_steps(run: Path, steps: int, skipped: int = 5) -> Path:
     """A run's folder after `steps` steps, with one restart and one skipped step."""
     run.mkdir()

@@ -53,6 +53,20 @@ class Curve:
         return Curve(self.places, (sums[stops] - sums[starts]) / (stops - starts))
 
 
+@dataclass(frozen=True)
+class SuiteCurve:
+    """First metric of a suite over steps, tokens or time; shape (points,) each."""
+
+    metric: str
+    places: Values
+    values: Values
+    low: Values
+    """Lower bounds of 95% intervals; NaN if there is none."""
+    high: Values
+    rows: int
+    chance: float | None
+
+
 _NO_CURVE = Curve(np.empty(0), np.empty(0))
 
 
@@ -70,6 +84,7 @@ class RunCurves:
     learning_rate: Curve
     gradient_norm: Curve
     tokens_per_s: Curve
+    suites: dict[str, SuiteCurve]
     skipped: Values
     """Places of skipped steps."""
     restarts: Values
@@ -114,6 +129,19 @@ def _curves(
         places = np.array([place_of(line["step"]) for line in known], dtype=np.float64)
         return Curve(places, np.array([line[key] for line in known], dtype=np.float64))
 
+    def suite(name: str, measured: Sequence[Mapping[str, Any]]) -> SuiteCurve:
+        metric = next(iter(measured[-1]["suites"][name]))
+        known = [line for line in measured if metric in line["suites"].get(name, {})]
+        metrics = [line["suites"][name][metric] for line in known]
+        values, low, high = (
+            np.array([one[key] for one in metrics], dtype=np.float64)  # None becomes NaN
+            for key in ("value", "low", "high")
+        )
+        places = np.array([place_of(line["step"]) for line in known], dtype=np.float64)
+        last = metrics[-1]
+        return SuiteCurve(metric, places, values, low, high, last["rows"], last.get("chance"))
+
+    suites = [line for line in lines if "suites" in line]
     validations = [line for line in lines if "val_loss" in line]
     starts = [line["step"] for line in history if line.get("event") == "start"]
     return RunCurves(
@@ -125,6 +153,7 @@ def _curves(
         learning_rate=curve("learning_rate", steps),
         gradient_norm=curve("gradient_norm", steps),
         tokens_per_s=curve("tokens_per_s", steps),
+        suites={name: suite(name, suites) for name in suites[-1]["suites"]} if suites else {},
         skipped=np.array([place_of(line["step"]) for line in steps if "skipped" in line]),
         restarts=np.array([place_of(step) for step in starts[1:]]),
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from data_pipeline.common.figures import GRID_COLOR, TEXT_COLOR, new_figure
 from megaback.tracking.loss_by_context import bucket_name, num_buckets
 from tools.run_views.curves import Axis, RunCurves
+from tools.run_views.suites_figure import CHANCE_STYLE, MAX_COLUMNS, draw_suite, suites_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which is safe for color blindness.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MAX_RESTARTS = 1000
+_COLUMNS = 12
+"""Columns of the grid, which rows of one to four panels divide."""
+_HEIGHT, _SUITE_HEIGHT = 3.6, 2.7
 _STYLES = ("-", "--", ":", "-.")
 _LABELS: dict[Axis, str] = {"step": "step", "tokens": "tokens", "time": "hours of training steps"}
 
@@ -34,16 +38,30 @@ def curves_figure(runs: Sequence[RunCurves], look: Style) -> "Figure":
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, StrMethodFormatter
 
     has_contexts = any(len(run.context_loss.places) for run in runs)
-    figure = new_figure(12, 10.5 if has_contexts else 7.5)
-    grid = figure.add_gridspec(3 if has_contexts else 2, 2)
-    loss = figure.add_subplot(grid[0, 0])
+    suites = suites_of(runs)
+    num_rows = -(-len(suites) // MAX_COLUMNS)
+    num_columns = -(-len(suites) // num_rows) if num_rows else 1
+    heights = [*[_HEIGHT] * (3 if has_contexts else 2), *[_SUITE_HEIGHT] * num_rows]
+    figure = new_figure(12, sum(heights))
+    grid = figure.add_gridspec(len(heights), _COLUMNS, height_ratios=heights)
+    left, right = slice(0, _COLUMNS // 2), slice(_COLUMNS // 2, _COLUMNS)
+    loss = figure.add_subplot(grid[0, left])
     rate, norm, speed = (
-        figure.add_subplot(grid[place], sharex=loss) for place in ((0, 1), (1, 0), (1, 1))
+        figure.add_subplot(grid[place], sharex=loss)
+        for place in ((0, right), (1, left), (1, right))
     )
     for axes in (loss, rate):
         axes.tick_params(labelbottom=False)
     if has_contexts:
         _draw_contexts(figure.add_subplot(grid[2, :]), runs)
+    steps_axes = [norm, speed]
+    for number, name in enumerate(suites):
+        row, column = divmod(number, num_columns)
+        width = _COLUMNS // num_columns
+        place = grid[len(heights) - num_rows + row, column * width : (column + 1) * width]
+        axes = figure.add_subplot(place, sharex=loss)
+        _style_axes(axes, draw_suite(axes, name, runs, _color_and_style))
+        steps_axes.append(axes)
     for number, run in enumerate(runs):
         color, style = _color_and_style(number)
         _draw_loss(loss, run, look, color, style)
@@ -85,7 +103,7 @@ def curves_figure(runs: Sequence[RunCurves], look: Style) -> "Figure":
         _style_axes(axes, title)
     speed.set_ylim(bottom=0)
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
-    for axes in (norm, speed):
+    for axes in steps_axes:
         axes.set_xlabel(_LABELS[look.axis])
         if not look.is_logarithmic and look.axis != "time":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -159,6 +177,9 @@ def _draw_legend(figure: "Figure", axes: "Axes", runs: Sequence[RunCurves]) -> N
     if any(len(run.skipped) for run in runs):
         handles.append(Line2D([], [], color=TEXT_COLOR, marker="x", linestyle=""))
         labels.append("skipped step")
+    if any(suite.chance is not None for run in runs for suite in run.suites.values()):
+        handles.append(Line2D([], [], **CHANCE_STYLE))  # type: ignore[arg-type]
+        labels.append("chance")
     figure.legend(
         handles, labels, loc="outside upper left", ncols=min(len(labels), 4), frameon=False
     )

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from megaback.run_folder import METRICS_NAME, SAMPLES_NAME
-from tests.helpers.runs import finished_steps
+from tests.helpers.runs import add_suites, finished_steps, suite_metric
 from tools.plot import main as plot_command
 
 Steps = Callable[..., Path]
@@ -78,6 +78,25 @@ def test_a_page_shows_the_newest_samples(run_of: Steps, tmp_path: Path) -> None:
     assert "<b>once</b> upon" in page.text
     assert "The end" in page.text
     assert "a first one" not in page.text
+
+
+def test_suites_are_panels_and_a_table(run_of: Steps, tmp_path: Path) -> None:
+    runs = [run_of("forward", 20), run_of("backward", 20)]
+    lambada = {"lambada": {"bits_per_byte": suite_metric(1.25, None)}}
+    add_suites(runs[0], {0: {"sciq": {"acc": suite_metric(0.3)}, **lambada}})
+    add_suites(runs[1], {20: {"sciq": {"question": suite_metric(0.5)}}})
+
+    assert plot(*runs, "--out", tmp_path / "curves").exit_code == 0
+
+    page = _Loads()
+    page.feed((tmp_path / "curves.html").read_text())
+    for text in (
+        "sciq: accuracy, 200 rows",
+        "lambada: bits/byte, 200 rows",
+        "sciq0.250acc 0.300 (0.200 to 0.400)question 0.500 (0.400 to 0.600)",
+        "lambada–bits_per_byte 1.250 (1.150 to 1.350)–",
+    ):
+        assert text in page.text
 
 
 def test_a_folder_is_replaced_by_the_runs_below_it(run_of: Steps, tmp_path: Path) -> None:

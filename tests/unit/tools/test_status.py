@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from megaback.faults.exit_record import record_exit, record_start
 from megaback.run_folder import METRICS_NAME
-from tests.helpers.runs import ROW_TOKENS, finished_steps
+from tests.helpers.runs import ROW_TOKENS, add_suites, finished_steps, suite_metric
 from tools.status import main as status_command
 
 Steps = Callable[..., Path]
@@ -54,11 +54,11 @@ def test_the_screen_shows_progress_and_history(run_of: Steps) -> None:
 
 def test_suites_are_those_of_the_last_measurement(run_of: Steps) -> None:
     run = run_of("a", 4)
-    of_suite = {"value": 0.5, "low": 0.25, "high": 0.75, "rows": 200, "chance": 0.25}
-    bits = {"value": 1.25, "low": 1.0, "high": 1.5, "rows": 200}
-    suites = {"sciq": {"acc": of_suite, "acc_norm": bits}, "lambada": {"bits_per_byte": bits}}
-    with (run / METRICS_NAME).open("a") as file:
-        file.write(json.dumps({"step": 4, "suites": suites, "suite_s": 1.0}) + "\n")
+    suites = {
+        "sciq": {"acc": suite_metric(0.5), "acc_norm": suite_metric(0.4)},
+        "lambada": {"bits_per_byte": suite_metric(1.25, None)},
+    }
+    add_suites(run, {2: {"sciq": {"acc": suite_metric(0.3)}}, 4: suites})
 
     expected = "suites     sciq 0.500 (chance 0.250), lambada 1.250 at step 4"
     assert expected in status(run).output

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.runs import ROW_TOKENS, finished_steps
+from tests.helpers.runs import ROW_TOKENS, add_suites, finished_steps, suite_metric
 from tools.run_views.curves import Curve, differences, names_of, read_curves
 
 Steps = Callable[..., Path]
@@ -36,6 +36,19 @@ def test_curves_match_the_metrics(run_of: Steps) -> None:
     assert by_tokens.val_loss.places.tolist() == [0, 10 * ROW_TOKENS, 20 * ROW_TOKENS]
     by_time = read_curves(run, "time", "a")
     assert by_time.restarts.tolist() == pytest.approx([1.5 / 3600])
+
+
+def test_suites_have_their_intervals_and_chance(run_of: Steps) -> None:
+    run = run_of("a", 20)
+    single = suite_metric(0.5) | {"low": None, "high": None}
+    add_suites(run, {10: {"sciq": {"acc": suite_metric(0.3)}}, 20: {"sciq": {"acc": single}}})
+
+    (curve,) = read_curves(run, "tokens", "a").suites.values()
+
+    assert (curve.metric, curve.rows, curve.chance) == ("acc", 200, 0.25)
+    assert curve.places.tolist() == [10 * ROW_TOKENS, 20 * ROW_TOKENS]
+    assert curve.values.tolist() == [0.3, 0.5]
+    assert curve.low.tolist() == pytest.approx([0.2, math.nan], nan_ok=True)
 
 
 @given(st.lists(st.floats(-10, 10), max_size=60), st.integers(1, 9))
