@@ -20,7 +20,7 @@ import click
 import numpy as np
 from controlled.damage import Damage, mixture, passages
 from controlled.ranking import auc_interval
-from controlled.runner import CONFIG, DIRECTIONS, Folder, cpu_line
+from controlled.runner import DIRECTIONS, Folder, config_of, cpu_line
 from smoke import Benchmark
 
 from data_pipeline.common.atomic import write_text
@@ -182,8 +182,8 @@ def half_table(
 @click.option(
     "--config",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    default=CONFIG,
-    help="Config of the models. Default: controlled.yaml beside this file.",
+    default=config_of("selection"),
+    help="Config of the models. Default: controlled/selection.yaml beside this file.",
 )
 @click.option(
     "--passages",

@@ -205,7 +205,7 @@ def test_a_cell_has_the_standard_error_of_several_seeds() -> None:
     assert cell([0.4, 0.5, 0.6], 3) == "0.500 ± 0.058"
 
 
-@pytest.mark.parametrize("task", ["multiplication", "star_graph", "reversal_facts"])
+@pytest.mark.parametrize("task", ["multiplication", "star_graph", "reversal_facts", "selection"])
 def test_the_config_of_a_task_is_that_of_a_small_model(task: str) -> None:
     config = load_config(config_of(task))
 
