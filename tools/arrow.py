@@ -112,8 +112,9 @@ def write_ladder(config: Config, ladder: Ladder) -> None:
     write_picture(ladder_figure(ladder), config.run / LADDER_PICTURE_NAME, overwrite=True)
 
 
-def show_ladder(config: Config, ladder: Ladder) -> None:
-    """Print a ladder and the paths of its result."""
+def report_ladder(config: Config, ladder: Ladder) -> None:
+    """Write a ladder, and print it and the paths of its result."""
+    write_ladder(config, ladder)
     print_table(SafeConsole(), ladder_table(ladder))
     echo(fit_sentence(ladder))
     if ladder.missing:
@@ -245,16 +246,17 @@ def _climb(
     try:
         for point in measured_points(rungs, train, earlier, device, limit, write_arrow):
             points.append(point)
-            write_ladder(settings, ladder())
+            if point is not earlier.get(point.name):
+                write_ladder(settings, ladder())
     except SystemExit:
         if points:
-            show_ladder(settings, ladder())
+            report_ladder(settings, ladder())
         raise
     if not points:
         raise CheckpointMissingError(
             f"no pair of runs below {settings.run} is finished; train them, without `measure_only`"
         )
-    show_ladder(settings, ladder())
+    report_ladder(settings, ladder())
 
 
 if __name__ == "__main__":
