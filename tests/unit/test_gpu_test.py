@@ -313,8 +313,8 @@ def test_the_make_target_passes_its_variables_on() -> None:
         )
         return " ".join(done.stdout.replace("\\\n", " ").split()).split("python")
 
-    assert commands()[-1] == " -m benchmarks.gpu_test --out build/gpu-test --minutes 8"
+    assert commands()[-1] == ' -m benchmarks.gpu_test --out "build/gpu-test" --minutes 8'
     last = commands("OUT=o", "PARTS=zero,loss", "MINUTES=4", "AGAIN=yes", "WHEELHOUSE=w")
-    assert last[-1] == (" -m benchmarks.gpu_test --out o --minutes 4 --parts zero,loss --again")
+    assert last[-1] == ' -m benchmarks.gpu_test --out "o" --minutes 4 --parts zero,loss --again'
     assert last[-2].endswith(".venv-gpu-test/bin/")
     assert any("--no-index --find-links w --no-deps -r w/requirements.txt" in one for one in last)
