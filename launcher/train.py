@@ -26,6 +26,7 @@ from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.faults.exit_record import newest_start, read_exit, record_exit
 from megaback.faults.run_ownership import require_run_folder
+from megaback.faults.run_state import assess_run
 from megaback.faults.stop_request import deadline_of
 from megaback.tracking.run_progress import read_progress
 from megaback.yaml_text import kept_overrides
@@ -97,12 +98,19 @@ def train(
     try:
         ending = read_exit(settings.run) if has_started else None
         has_trained = has_started and _has_trained(settings.run)
-        return verdict(codes, signals, ending, names, has_trained=has_trained)
+        last_seen = _dead_ranks(settings.run) if has_started and any(codes) else ""
+        return verdict(codes, signals, ending, names, has_trained=has_trained, last_seen=last_seen)
     except MegabackError as error:
         if has_started:
             kind = type(error).__name__
             record_exit(settings.run, error.exit_code, kind, str(error), start=start_id)
         raise
+
+
+def _dead_ranks(run: Path) -> str:
+    """Names of ranks that ended without a record, with their last phases; empty if none did."""
+    state = assess_run(run, (), time.time())
+    return state.reason if state.state == "dead" else ""
 
 
 def _has_trained(run: Path) -> bool:

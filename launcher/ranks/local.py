@@ -36,8 +36,9 @@ GRACE_S = 10.0
 _SECOND_GRACE_S = 2.0
 """Grace period after a second Ctrl-C."""
 _SAME_REQUEST_S = 1.0
-_LOST = (-signal.SIGABRT, -signal.SIGKILL)
-"""Codes of a lost rank: torch and CUDA abort a process, the kernel kills it."""
+_LOST = (-signal.SIGABRT, -signal.SIGALRM, -signal.SIGKILL)
+"""Codes of a lost rank: torch and CUDA abort a process, the watchdog's alarm ends one that is
+blocked, the kernel kills it."""
 _POLL_S = 0.05
 
 
@@ -214,12 +215,14 @@ def verdict(
     hosts: Sequence[str] = (),
     *,
     has_trained: bool = False,
+    last_seen: str = "",
 ) -> int:
     """The exit code of the run. Raises an error if the ranks ended without a reason.
 
     `ending` is the record of the first rank with a reason; the others may have ended because it
     did. `signals` were passed on to the ranks. `hosts` are the hosts of the codes, if not all are
-    of this machine. `has_trained`: the ranks have taken a step in this start.
+    of this machine. `has_trained`: the ranks have taken a step in this start. `last_seen`: phases of
+    ranks that have died.
     """
     if SupersededError.exit_code in codes:
         return SupersededError.exit_code
@@ -249,8 +252,9 @@ def verdict(
             "see the messages above; this folder and this Python are needed at the same paths there"
         )
     kind = RankLostError if code in _LOST else LaunchError
+    phase = f"; {last_seen}" if last_seen else ""
     raise kind(
-        f"the ranks{where} {_how(code)} without reporting a reason ({advice}); "
+        f"the ranks{where} {_how(code)} without reporting a reason ({advice}){phase}; "
         "run the same command again to resume"
     )
 

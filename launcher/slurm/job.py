@@ -39,9 +39,14 @@ LIMIT_VARIABLE = "MEGABACK_REQUEUE_LIMIT"
 DEFAULT_LIMIT = 20
 REPLACE_VARIABLE = "MEGABACK_REPLACE_BAD_NODES"
 JOB_EVENT = "job"
-LOST_CODES = frozenset((RankLostError.exit_code, 128 + signal.SIGABRT, 128 + signal.SIGKILL))
+LOST_CODES = frozenset(
+    (
+        RankLostError.exit_code,
+        *(128 + number for number in (signal.SIGABRT, signal.SIGALRM, signal.SIGKILL)),
+    )
+)
 """Codes of a lost rank: recorded by the others, or, if they could not, of a process that torch or
-CUDA aborted (134) or the kernel killed (137)."""
+CUDA aborted (134), the watchdog's alarm ended (142) or the kernel killed (137)."""
 MAX_STARTS_WITHOUT_PROGRESS = 3
 """Number of starts without a new checkpoint after which a job is not requeued."""
 

@@ -21,6 +21,8 @@ from megaback.faults.collective_record import CollectiveRecord, record_of
 
 _DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 MAX_DUMP_S = 5.0
+_ALARM_RATIO = 6
+"""Time until the alarm, in units of MAX_DUMP_S: a process that gets no CPU must not end by it."""
 _MAX_ENTRIES = 500
 """Maximum number of entries in a file; torch's buffer may be larger."""
 
@@ -44,7 +46,7 @@ def dump_collectives(**facts: Any) -> Dump | None:
                 found.append((record, entries[-_MAX_ENTRIES:]))
 
     thread = threading.Thread(target=work, name="flight recorder", daemon=True)
-    signal.setitimer(signal.ITIMER_REAL, 2 * MAX_DUMP_S)
+    signal.setitimer(signal.ITIMER_REAL, _ALARM_RATIO * MAX_DUMP_S)
     try:
         thread.start()
         thread.join(MAX_DUMP_S)

@@ -211,9 +211,9 @@ FAULTS = {
     ),
     "all ranks killed": Fault(
         fault="all ranks are killed at once, as by the OOM killer",
-        outcome=f"`megaback train` reports it; {RESUMES}",
+        outcome=f"`megaback train` reports it, with the step and phase of the ranks; {RESUMES}",
         code=LOST,
-        output="killed by SIGKILL",
+        output="is dead; its last heartbeat was at step",
         act=signal_ranks(signal.SIGKILL),
         stage=1,
     ),

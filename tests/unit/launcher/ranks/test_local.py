@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -250,6 +251,7 @@ def test_a_run_ends_with_the_code_of_the_rank_that_has_a_reason(
             RankLostError,
             r"the ranks were killed by SIGABRT .*\(see their output above",
         ),
+        ([-signal.SIGALRM], RankLostError, r"the ranks were killed by SIGALRM "),
         ([-signal.SIGSEGV], LaunchError, r"were killed by SIGSEGV .*\(see their output above"),
         ([1, -signal.SIGKILL], LaunchError, r"the ranks ended with code 1 "),
         ([0, 1], LaunchError, r"the ranks ended with code 1 .*\(see their output above\)"),
@@ -262,6 +264,12 @@ def test_of_ranks_without_a_reason_only_those_killed_or_aborted_are_lost(
 ) -> None:
     with pytest.raises(error, match=sentence):
         local.verdict(codes, [], ending)
+
+
+def test_the_last_phases_of_ranks_without_a_reason_are_reported() -> None:
+    seen = "rank 0 (node, process 7) is dead; its last heartbeat was at step 3, computing"
+    with pytest.raises(RankLostError, match=re.escape(f"; {seen}; run the same command again")):
+        local.verdict([-signal.SIGALRM], [], None, last_seen=seen)
 
 
 UNSAVED = [[-signal.SIGTERM] * 2, [0, -signal.SIGKILL], [1], [130, 130]]

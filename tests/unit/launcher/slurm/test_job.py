@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, LaunchError, PreflightError, SupersededError
@@ -23,7 +23,7 @@ from tests.helpers.run_config import run_config
 
 JOB = "77"
 LOST, SAVED, KILLED_BY_USR1 = 51, 75, 138
-ABORTED, KILLED = 134, 137
+ABORTED, BLOCKED, KILLED = 134, 142, 137
 
 
 @pytest.fixture(autouse=True)
@@ -130,13 +130,14 @@ def test_starts_of_an_earlier_job_do_not_count(
 
 
 @given(code=st.integers(0, 255))
+@example(code=BLOCKED)
 def test_before_the_limit_only_a_lost_rank_requeues_a_job(
     tmp_path_factory: pytest.TempPathFactory, code: int
 ) -> None:
     run = tmp_path_factory.mktemp("run")
     start(run, 0)
     save(run, 10)
-    assert is_requeued(run, code) is (code in (LOST, ABORTED, KILLED))
+    assert is_requeued(run, code) is (code in (LOST, ABORTED, BLOCKED, KILLED))
 
 
 @given(code=st.integers(1, 128))
