@@ -50,7 +50,7 @@ RANKINGS = {
     "tokens": ("length", 1),
 }
 """Keys of the scores, their names, and whether a high (1) or a low value is good."""
-ARMS = {"quality": (), "random": (), "forward_per_token": ("--lowest",)}
+HALVES: dict[str, tuple[str, ...]] = {"quality": (), "forward_per_token": ("--lowest",)}
 """Keys that halves are selected by, with options of `megaback shards select`."""
 
 
@@ -175,7 +175,7 @@ def half_table(
     cls=Benchmark,
     smoke="--prose {text} --out {out} --config {config} --steps 2 --scorer-steps 2 --num-seeds 1"
     " --passages 60 --scorer-passages 30 --clean-passages 9 --vocab-size 600"
-    " --passage-characters 400",
+    " --passage-characters 400 --half quality",
 )
 @click.option("--prose", required=True, help="Source of documents.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
@@ -189,35 +189,35 @@ def half_table(
     "--passages",
     "num_mixed",
     type=COUNT.option,
-    default=2700,
+    default=1500,
     show_default=True,
     help="Passages of the mixture, a third of which is damaged.",
 )
 @click.option(
     "--scorer-passages",
     type=COUNT.option,
-    default=5000,
+    default=2000,
     show_default=True,
     help="Clean passages to train the scoring models on.",
 )
 @click.option(
     "--clean-passages",
     type=COUNT.option,
-    default=300,
+    default=200,
     show_default=True,
     help="Clean passages to measure the final models on.",
 )
 @click.option(
     "--scorer-steps",
     type=COUNT.option,
-    default=900,
+    default=200,
     show_default=True,
     help="Steps of the scoring models.",
 )
 @click.option(
     "--steps",
     type=COUNT.option,
-    default=200,
+    default=80,
     show_default=True,
     help="Steps of the models that are trained on halves.",
 )
@@ -232,6 +232,15 @@ def half_table(
     "--num-seeds", type=COUNT.option, default=3, show_default=True, help="Models per half."
 )
 @click.option(
+    "--half",
+    "halves",
+    type=click.Choice(list(HALVES)),
+    multiple=True,
+    default=list(HALVES),
+    show_default=True,
+    help="Key that a half is selected by, beside the random one. May be repeated.",
+)
+@click.option(
     "--vocab-size",
     type=COUNT.option,
     default=2048,
@@ -242,7 +251,7 @@ def half_table(
     "--passage-characters",
     "characters",
     type=COUNT.option,
-    default=1500,
+    default=750,
     show_default=True,
     help="Characters of a passage, which ends with the sentence that reaches them.",
 )
@@ -257,6 +266,7 @@ def main(
     steps: int,
     direction: str,
     num_seeds: int,
+    halves: tuple[str, ...],
     vocab_size: int,
     characters: int,
 ) -> None:
@@ -292,7 +302,7 @@ def main(
     for line in auc_table(scores, kinds):
         click.echo(line)
     found, damaged_share = {}, {}
-    for key, options in ARMS.items():
+    for key, options in {"random": (), **{key: HALVES[key] for key in halves}}.items():
         half = out / "shards" / f"half-{key}"
         if not half.exists():
             run(
