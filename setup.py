@@ -81,6 +81,7 @@ setup(
             "gguf>=0.17",
             "httpx>=0.27",
             "hypothesis>=6.100",
+            "lm_eval>=0.4.13",
             "matplotlib>=3.8",
             "mypy>=1.13",
             "openai>=1.50",

@@ -19,9 +19,7 @@ from tests.helpers.exports import write_checkpoint
 from tests.helpers.server import load_models, serving
 from tools.convert import convert
 
-pytest.importorskip(
-    "lm_eval", reason="its requirements are 320 MB; install megaback[eval] to run this"
-)
+pytest.importorskip("lm_eval", reason="lm_eval is not installed")
 
 from tools.harness.lm_eval_model import MegabackLM
 from tools.lm_eval import main, register
