@@ -221,8 +221,8 @@ def verdict(
 
     `ending` is the record of the first rank with a reason; the others may have ended because it
     did. `signals` were passed on to the ranks. `hosts` are the hosts of the codes, if not all are
-    of this machine. `has_trained`: the ranks have taken a step in this start. `last_seen`: phases of
-    ranks that have died.
+    of this machine. `has_trained`: the ranks have taken a step in this start. `last_seen`: phases
+    of ranks that have died.
     """
     if SupersededError.exit_code in codes:
         return SupersededError.exit_code
