@@ -11,7 +11,7 @@ from click.types import StringParamType
 from rich.table import Table
 
 from data_pipeline.common.command import Command, examples
-from data_pipeline.common.figures import require_matplotlib, write_picture
+from data_pipeline.common.figures import require_matplotlib, require_png, write_picture
 from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.common.output_paths import (
     is_our_picture,
@@ -244,6 +244,7 @@ def main(
     if plot is not None:
         if not set(suite_names) & {*_BENCHMARKS} - {"lambada"}:
             raise ConfigError("--plot draws accuracies of benchmarks, and no suite has one")
+        require_png(plot)
         require_matplotlib("--plot")
     inputs = (folder, forward, against, options["rows"], options["passages"], options["shards"])
     for option, path, is_ours in (

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from data_pipeline.common.command import WorkCommand, examples
-from data_pipeline.common.figures import require_matplotlib, write_picture
+from data_pipeline.common.figures import require_matplotlib, require_png, write_picture
 from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.common.output_paths import (
     MAKER,
@@ -51,9 +51,10 @@ def draw(
 ) -> list[Path]:
     """Write `out.png` and `out.html`.
 
-    Raises the errors of `read_curves`, OutputExistsError, and CheckpointMissingError if there is
-    nothing to draw.
+    Raises the errors of `read_curves`, ConfigError, OutputExistsError, and CheckpointMissingError
+    if there is nothing to draw.
     """
+    require_png(out)
     picture, page = (
         out.with_name(f"{out.name.removesuffix('.png').removesuffix('.html')}{suffix}")
         for suffix in (".png", ".html")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.common.output_paths import MAKER, writing_output
 from data_pipeline.common.packages import require_package
+from data_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 TEXT_COLOR = "#333333"
 GRID_COLOR = "#dddddd"
 _DOTS_PER_INCH = 150
+_OTHER_FORMATS = frozenset(
+    (".pdf", ".svg", ".eps", ".ps", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff")
+)
 
 
 def require_matplotlib(what: str, otherwise: str = "") -> None:
@@ -21,6 +25,14 @@ def require_matplotlib(what: str, otherwise: str = "") -> None:
     `otherwise`: an alternative, appended to the message.
     """
     require_package("matplotlib", what, "'megaback[plot]'", otherwise)
+
+
+def require_png(path: Path) -> None:
+    """Raises ConfigError for the suffix of another format of pictures."""
+    if path.suffix.lower() in _OTHER_FORMATS:
+        raise ConfigError(
+            f"{path} cannot be written: pictures are PNG files; give {path.with_suffix('.png')}"
+        )
 
 
 def new_figure(width_inches: float, height_inches: float) -> "Figure":

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.common.command import Command, examples
-from data_pipeline.common.figures import require_matplotlib
+from data_pipeline.common.figures import require_matplotlib, require_png
 from data_pipeline.common.number_ranges import COUNT_OR_ZERO
 from data_pipeline.common.output_paths import is_our_picture, overwrite_option, require_output
 from data_pipeline.common.shared_options import json_option, workers_option
@@ -237,6 +237,7 @@ def main(
     if form in ("stored", "ids"):
         raise ConfigError(f"--{form} shows one document; choose it with --document")
     if plot is not None:
+        require_png(plot)
         require_output(
             plot,
             (shards,),

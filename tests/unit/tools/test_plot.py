@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from data_pipeline.errors import ConfigError
 from megaback.run_folder import METRICS_NAME, SAMPLES_NAME
 from tests.helpers.runs import add_suites, finished_steps, suite_metric
 from tools.plot import main as plot_command
@@ -97,6 +98,14 @@ def test_suites_are_panels_and_a_table(run_of: Steps, tmp_path: Path) -> None:
         "lambada–bits_per_byte 1.250 (1.150 to 1.350)–",
     ):
         assert text in page.text
+
+
+def test_another_format_is_refused(run_of: Steps, tmp_path: Path) -> None:
+    result = plot(run_of("run", 20), "--out", tmp_path / "curves.pdf")
+
+    assert result.exit_code == ConfigError.exit_code
+    assert f"pictures are PNG files; give {tmp_path / 'curves.png'}" in result.output
+    assert not list(tmp_path.glob("curves*"))
 
 
 def test_a_folder_is_replaced_by_the_runs_below_it(run_of: Steps, tmp_path: Path) -> None:

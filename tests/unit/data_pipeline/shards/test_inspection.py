@@ -207,6 +207,7 @@ def test_a_document_is_shown_as_text_pieces_ids_and_json(finished: Path, codec: 
         ["--ids"],
         ["--document", "1", "--plot", "lengths.png"],
         ["--document", "100000"],
+        ["--plot", "lengths.svg"],
     ],
     ids=" ".join,
 )

@@ -84,3 +84,5 @@ def test_other_suites_are_refused(saved: Path, folders: dict[Direction, Path]) -
     assert "compares benchmarks only" in result.output
     result = evaluate(folder, "--suite", "lambada", "--plot", saved / "a.png")
     assert "no suite has one" in result.output
+    result = evaluate(folder, "--suite", "openbookqa", "--plot", saved / "a.pdf")
+    assert "pictures are PNG files" in result.output
