@@ -244,7 +244,7 @@ def main(
             tokens=max_new_tokens,
             request_s=max_seconds,
         )
-        infiller = load_meeting(folder, forward, device, dtype)
+        infiller = load_meeting(models)
         run_server(models, listener, limits, token, shutdown_seconds, infiller, allowed)
 
 

@@ -61,7 +61,7 @@ class Decoder:
         compiled: bool = False,
         cuda_graphs: bool = True,
     ) -> None:
-        """Pack a model's weights, which empties the model; without `takes_over`, only read them.
+        """Pack a model's weights, which may empty the model; without `takes_over`, only read them.
 
         Reading them is slower. `usual_rows`: number of rows to optimize for on a CPU; any number
         works. `compiled` has torch.compile fuse the operations between the products; the first
@@ -75,18 +75,20 @@ class Decoder:
         self.device, self.dtype = weight.device, weight.dtype
         # On a CPU attention in bf16 is slower than in fp32, in which the keys are computed anyway.
         self.cache_dtype = torch.float32 if self.device.type == "cpu" else self.dtype
-        pack = _unpacked
-        if takes_over:
-            is_one_row = usual_rows == 1 and self.dtype is torch.float32
-            packs = not compiled and _can_pack(self.device, self.dtype)
-            pack = (_transposed if is_one_row else _packed) if packs else _stacked
+        packs = takes_over and not compiled and _can_pack(self.device, self.dtype)
+        is_one_row = usual_rows == 1 and self.dtype is torch.float32
+        pack = (_transposed if is_one_row else _packed) if packs else _stacked
+        if not takes_over:
+            pack = _unpacked
+        self.model = None if packs else model
+        """The model, which has the same weights in memory; None if packing has emptied it."""
         self._embedding_VD = model.model.embed_tokens.weight.detach()
         self._head = pack([model.lm_head])
         self._layers = []
         for block in model.model.layers:
             assert isinstance(block, Block)
             self._layers.append(_packed_layer(block, pack))
-            if takes_over:  # only one layer's weights are in memory twice
+            if packs:  # only one layer's weights are in memory twice
                 _release_weights(block)
         self._norm_D = model.model.norm.weight.detach()
         positions = torch.arange(context_tokens, device=self.device)
@@ -281,7 +283,13 @@ def _unpacked(matrices: list[nn.Linear]) -> Product:
 
 
 def _stacked(matrices: list[nn.Linear]) -> Product:
-    weight = torch.cat([matrix.weight.detach() for matrix in matrices])
+    """One product; the matrices become parts of its weight."""
+    weight = matrices[0].weight.detach()
+    if len(matrices) > 1:
+        weight = torch.cat([matrix.weight.detach() for matrix in matrices])
+        parts = torch.split(weight, [matrix.out_features for matrix in matrices])
+        for matrix, part in zip(matrices, parts, strict=True):
+            matrix.weight = nn.Parameter(part, requires_grad=False)
     return lambda hidden_ND: F.linear(hidden_ND, weight)
 
 

@@ -240,7 +240,7 @@ class _Server:
         limits = Limits(tokens=4, request_s=2.0, body_s=0.2)
         metrics = Metrics()
         engine = Engine({name: one.batch for name, one in models.items()}, 64, metrics)
-        infiller = load_meeting(backward, forward, "cpu")
+        infiller = load_meeting(models)
         server = Server(
             Service(
                 models=models, engine=engine, limits=limits, metrics=metrics, infiller=infiller

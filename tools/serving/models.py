@@ -1,7 +1,7 @@
 """Served models by name."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,10 @@ from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction, Prompt, TextCodec
 from megaback.inference.batch import ContinuousBatch
 from megaback.inference.decoder import Decoder, load_decoder
-from megaback.inference.infill.infiller import Infiller, load_infiller
+from megaback.inference.infill.infiller import Infiller, Reader
 from megaback.inference.placement import dtype_name
 from megaback.weights.converted import shown_name
-from megaback.weights.model_folder import ModelDescription
+from megaback.weights.model_folder import ModelDescription, load_model_folder
 from tools.serving import response_schemas
 
 
@@ -37,6 +37,7 @@ class ServedModel:
     """A model with the continuous batch of its samples."""
 
     name: str
+    folder: Path
     description: ModelDescription
     decoder: Decoder
     codec: TextCodec
@@ -156,6 +157,7 @@ def load_models(
         batch.prepare()
         models[name] = ServedModel(
             name=name,
+            folder=path,
             description=description,
             decoder=decoder,
             codec=codec,
@@ -170,16 +172,26 @@ def load_models(
     return models
 
 
-def load_meeting(
-    folder: Path, forward: Path | None, device: str | None, dtype: str = "auto"
-) -> Infiller | None:
-    """The two models as infilling needs them; None if they are not compatible."""
-    if forward is None:
+def load_meeting(models: Mapping[str, ServedModel]) -> Infiller | None:
+    """The backward and the forward model as infilling needs them; None if they are not compatible.
+
+    Weights are loaded once more only where serving packs them.
+    """
+    if len(models) < 2:
         return None
     try:
-        return load_infiller(forward, folder, device=device, dtype=dtype)
+        backward, forward = map(_reader, models.values())
+        return Infiller(forward, backward)
     except (DirectionMismatchError, TokenizerMismatchError):
         return None
+
+
+def _reader(served: ServedModel) -> Reader:
+    decoder, model = served.decoder, served.decoder.model
+    if model is None:
+        model, *_ = load_model_folder(served.folder, decoder.device, decoder.dtype)
+        decoder = Decoder(model, decoder.context_tokens, takes_over=False, cuda_graphs=False)
+    return Reader(model, decoder, served.codec)
 
 
 def _given(path: Path | None) -> Sequence[Path]:

@@ -236,8 +236,7 @@ def test_infill_equals_the_infiller(
 ) -> None:
     body = {"beginning": "the old", "ending": "the last map.", "candidates": 3, "max_tokens": 6}
     assert running.post("/v1/infill", body).status_code == 400
-    tiny_models(tmp_path, codec)
-    infiller = load_meeting(tmp_path / "tiny", tmp_path / "ahead", "cpu")
+    infiller = load_meeting(tiny_models(tmp_path, codec))
     assert infiller is not None
     with serving(models, infiller=infiller) as meeting:
         assert all(one["can_infill"] for one in meeting.get("/v1/models").json()["data"])
@@ -250,4 +249,4 @@ def test_infill_equals_the_infiller(
     )
     expected = infiller.fill("the old", "the last map.", options)[:2]
     assert [one["middle"] for one in found] == [as_sent(one.middle) for one in expected]
-    assert load_meeting(tmp_path / "tiny", tmp_path / "tiny", "cpu") is None
+    assert load_meeting({"tiny": models["tiny"], "other": models["tiny"]}) is None

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from data_pipeline.text.codec import TextCodec
+from megaback.inference import decoder
 from megaback.inference.decoder import Decoder
 from megaback.inference.generate import complete
+from megaback.inference.infill.infiller import InfillOptions
 from megaback.inference.sampling import SamplingOptions
 from tests.helpers.paths import ROOT
 from tests.helpers.server import CONTEXT_TOKENS, Running, serving, tiny_models
@@ -134,14 +136,34 @@ def test_health_is_503_after_the_engine_closes(models: dict[str, ServedModel]) -
         assert running.get("/health").status_code == 503
 
 
-def test_infill_loads_its_own_copies_of_both_models(
-    folder: Path, models: dict[str, ServedModel]
-) -> None:
-    infiller = load_meeting(folder / "tiny", folder / "ahead", "cpu")
+def test_infill_loads_packed_models_again(models: dict[str, ServedModel]) -> None:
+    infiller = load_meeting(models)
     assert infiller is not None
     for reader, name in ((infiller.backward, "tiny"), (infiller.forward, "ahead")):
-        assert reader.model.num_parameters() == models[name].decoder.num_parameters
+        assert models[name].decoder.model is None
         assert reader.decoder is not models[name].decoder
+        assert reader.model.num_parameters() == models[name].decoder.num_parameters
+
+
+def test_infill_shares_the_weights_of_models_that_are_not_packed(
+    models: dict[str, ServedModel], tmp_path: Path, codec: Codecs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = load_meeting(models)
+    monkeypatch.setattr(decoder, "_can_pack", lambda *_: False)  # as on a GPU
+    served = tiny_models(tmp_path, codec)
+
+    infiller = load_meeting(served)
+
+    assert infiller is not None
+    assert packed is not None
+    for reader, name in ((infiller.backward, "tiny"), (infiller.forward, "ahead")):
+        assert reader.decoder is served[name].decoder
+        assert reader.model is reader.decoder.model
+        storages = {one.untyped_storage().data_ptr() for one in reader.model.parameters()}
+        assert len(storages) < len(list(reader.model.parameters()))  # some share a product's weight
+    asked = ("the old", "the last map.", InfillOptions(6, sampling=SamplingOptions(seed=4)))
+    expected, found = packed.fill(*asked), infiller.fill(*asked)
+    assert [one.middle for one in found] == [one.middle for one in expected]
 
 
 def slow_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -171,9 +193,9 @@ def test_a_stream_sends_comments_while_no_text_is_ready(
 
 
 def test_infill_writes_for_at_most_half_of_its_deadline(
-    folder: Path, models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+    models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    infiller = load_meeting(folder / "tiny", folder / "ahead", "cpu")
+    infiller = load_meeting(models)
     body = {"beginning": "the old", "ending": "the map.", "candidates": 2, "max_tokens": 40}
     slow_steps(monkeypatch, 0.05)  # 40 tokens of two models: 4 s
     with serving(models, Limits(request_s=3), infiller=infiller) as running:

@@ -40,9 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> dict[str,
 
 @pytest.fixture(scope="module")
 def infiller(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> Infiller:
-    folder = tmp_path_factory.mktemp("meeting")
-    tiny_models(folder, codec)
-    found = load_meeting(folder / "tiny", folder / "ahead", "cpu")
+    found = load_meeting(tiny_models(tmp_path_factory.mktemp("meeting"), codec))
     assert found is not None
     return found
 
