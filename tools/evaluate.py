@@ -23,7 +23,7 @@ from data_pipeline.common.output_paths import (
     write_output,
 )
 from data_pipeline.common.rich_console import SafeConsole
-from data_pipeline.common.shared_options import limit_option
+from data_pipeline.common.shared_options import example_columns_option, limit_option
 from data_pipeline.common.source_type import SOURCE
 from data_pipeline.common.terminal import print_table
 from data_pipeline.errors import ConfigError
@@ -174,6 +174,7 @@ def _differences_table(found: "Mapping[str, Metric]") -> Table:
     help="File of held-out instruction rows (JSON lines), for instruction-recall "
     "and reverse-dictionary.",
 )
+@example_columns_option
 @click.option(
     "--word-pattern",
     default="",

@@ -21,7 +21,11 @@ from data_pipeline.build.options import (
 from data_pipeline.build.settings import BuildSettings
 from data_pipeline.common.command import ResumableCommand, examples
 from data_pipeline.common.number_ranges import ROW_TOKENS, SHARE_BELOW_ALL
-from data_pipeline.common.shared_options import out_folder_option, workers_option
+from data_pipeline.common.shared_options import (
+    example_columns_option,
+    out_folder_option,
+    workers_option,
+)
 from data_pipeline.common.source_type import SOURCE
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.record_limits import max_record_bytes_option
@@ -78,11 +82,7 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     help="Length of a row, in tokens. Several examples share a row, and none is split; longer "
     "ones are excluded.",
 )
-@click.option(
-    "--columns",
-    default="",
-    help="Columns with other names: instruction=prompt,output=answer or messages=chat.",
-)
+@example_columns_option
 @click.option(
     "--val-fraction",
     type=SHARE_BELOW_ALL.option,

@@ -32,6 +32,12 @@ hostfile_option = click.option(
     help="Train on the hosts of this file, over ssh: one line `NAME slots=N` per host.",
 )
 
+example_columns_option = click.option(
+    "--columns",
+    default="",
+    help="Columns with other names: instruction=prompt,output=answer or messages=chat.",
+)
+
 
 def limit_option(
     items: str, default: int | None = None, allowed: Range = COUNT

@@ -43,17 +43,22 @@ class PairColumns:
             assert not others
             return Pair(example.instruction, example.response)
         return Pair(
-            text_of(record, self.question, where),
-            text_of(record, self.answer, where),
+            *(
+                text_of(record, column, where, ", or name the keys of the texts in `columns`")
+                for column in (self.question, self.answer)
+            )
         )
 
 
-def text_of(record: Mapping[str, object], column: str, where: str) -> str:
-    """A text that is not blank. Raises BadRecordError."""
+def text_of(record: Mapping[str, object], column: str, where: str, otherwise: str = "") -> str:
+    """A text that is not blank. Raises BadRecordError.
+
+    `otherwise`: another advice than to fix or remove a line without the column.
+    """
     if column not in record:
         raise BadRecordError(
             f"{where}: no {column!r}; the keys are {shown_names(record)}: fix or remove the "
-            "line, or name the keys of the texts in `columns`"
+            f"line{otherwise}"
         )
     value = record[column]
     if not isinstance(value, str):

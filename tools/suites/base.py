@@ -32,6 +32,7 @@ class SuiteOptions:
     """Files that suites read, and their limits."""
 
     rows: str | None = None
+    columns: str = ""
     word_pattern: str = ""
     passages: str | None = None
     passage_characters: int = 300
@@ -144,11 +145,18 @@ Suite = Callable[[Evaluated, Evaluated | None, SuiteOptions], SuiteResult]
 
 
 def read_examples(
-    source: str, limit: int | None, max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
+    source: str,
+    limit: int | None,
+    max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES,
+    columns: str = "",
 ) -> list[Example]:
-    """Instruction rows. Raises BadRecordError, and SourceEmptyError if there are none."""
+    """Instruction rows.
+
+    `columns` are as in `ExampleColumns.parse`. Raises ConfigError, BadRecordError, and
+    SourceEmptyError if there are none.
+    """
     found: list[Example] = []
-    for example in _examples(source, max_record_bytes):
+    for example in _examples(source, max_record_bytes, ExampleColumns.parse(columns)):
         if limit is not None and len(found) >= limit:
             break
         found.append(example)
@@ -159,8 +167,7 @@ def read_examples(
     return found
 
 
-def _examples(source: str, max_record_bytes: int) -> Iterator[Example]:
-    columns = ExampleColumns()
+def _examples(source: str, max_record_bytes: int, columns: ExampleColumns) -> Iterator[Example]:
     for record in read_records(source, max_record_bytes):
         if isinstance(record, BadRecordError):
             raise record

@@ -34,7 +34,7 @@ def instruction_recall(
     """
     _require_backward(evaluated, "instruction-recall")
     source, longest = options.need("rows", "instruction-recall"), options.max_record_bytes
-    all_rows = read_examples(source, options.limit, longest)
+    all_rows = read_examples(source, options.limit, longest, options.columns)
     rows = _that_fit(evaluated, all_rows)
     found = evaluated.likeliest([row.response for row in rows], options.max_new_tokens)
     matches = [float(one.text == row.instruction) for one, row in zip(found, rows, strict=True)]
@@ -76,7 +76,7 @@ def reverse_dictionary(
     source = options.need("rows", "reverse-dictionary")
     all_rows = [
         row
-        for row in read_examples(source, None, options.max_record_bytes)
+        for row in read_examples(source, None, options.max_record_bytes, options.columns)
         if pattern.search(row.instruction)
     ][: options.limit]
     rows = _that_fit(evaluated, all_rows)

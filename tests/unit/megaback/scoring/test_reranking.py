@@ -226,6 +226,7 @@ def test_a_malformed_row_is_named(
     assert f"{source}:3: " in result.stderr
     assert reason in result.stderr
     assert "--on-bad-record skip" in result.stderr
+    assert "--columns" not in result.stderr  # which rerank does not have
     assert not out.exists()
     assert rerank(folders[Direction.BACKWARD], *arguments, "--on-bad-record", "skip").exit_code == 0
     assert len(out.read_text().splitlines()) == 2

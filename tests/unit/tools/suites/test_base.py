@@ -1,6 +1,7 @@
 """The suites of `megaback eval`, on models with known results."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,6 +105,18 @@ def test_a_single_row_has_no_interval(
     assert message in result.stderr
     more = evaluate(folders[Direction.BACKWARD], *arguments, "--overwrite", "--limit", 2)
     assert "no 95% interval" not in more.stderr
+
+
+def test_rows_may_have_other_columns(folders: dict[Direction, Path], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Who?", "answer": "He."}) + "\n")
+    arguments = (folders[Direction.BACKWARD], "--suite", "instruction-recall", "--rows", rows)
+
+    refused = evaluate(*arguments)
+    columns = re.search(r"--columns (\S+=\w+)", refused.stderr)
+
+    assert columns is not None, refused.stderr
+    assert evaluate(*arguments, "--columns", columns[1]).exit_code == 0
 
 
 def test_recall_counts_recovered_instructions(
