@@ -8,7 +8,7 @@ from data_pipeline.common.checked_json import read_json
 from data_pipeline.common.durations import duration
 from data_pipeline.common.next_command import command, free_path, show_next
 from data_pipeline.common.terminal import echo
-from data_pipeline.text.codec import Direction
+from data_pipeline.text.codec import Directions
 from megaback.config import Config
 from megaback.run_folder import (
     BEST_NAME,
@@ -37,7 +37,7 @@ def show_result(config: Config, took_s: float) -> None:
         echo(f"val loss {shown}, {best} step {meta['step']:,}")
     use = use_commands(
         path,
-        Direction(meta["text_format"]["direction"]),
+        Directions(meta["text_format"]["direction"]),
         on_examples=bool(meta.get("on_examples")),
     )
     out = free_path(MODELS_FOLDER / (config.run.resolve().name or "model"))

@@ -8,86 +8,22 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BeforeValidator,
-    field_serializer,
-    field_validator,
     model_validator,
 )
 
 from data_pipeline.common import number_ranges as ranges
 from data_pipeline.errors import BatchError
-from data_pipeline.redaction import shown_url
-from data_pipeline.storage.address_variables import kept
-from data_pipeline.text.codec import Direction
+from megaback.config_data import Address, DataSection
 from megaback.config_section import Section
 from megaback.config_validation import ValidationSection
 
 LOSS_CHUNK_TOKENS = 512
-Address = Annotated[str, AfterValidator(kept)]
-"""A path or URL. Its secrets are in environment variables, so that no copy of a config has them."""
 
 
 def _as_word(value: Any) -> Any:
     """The word on or off, which YAML reads as true or false."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-class WeightedShards(Section):
-    path: Address
-    """Folder or URL of a data set."""
-    weight: Annotated[float, ranges.POSITIVE] = 1.0
-    """Weight of this data set: its share of all rows, relative to the other weights."""
-
-
-class DataSection(Section):
-    shards: tuple[WeightedShards, ...]
-    """Folder or URL of a data set that `megaback shards build` wrote, or a list of several, mixed
-    by weight."""
-    direction: Direction = Direction.BACKWARD
-    """Reading direction of the model. Shards of unit `token` serve both directions."""
-    lanes: Annotated[int, ranges.SIZE] | None = None
-    """Number of parallel streams of frames, a divisor of global_batch_rows. Default: the rows of a
-    batch, or fewer where the data has too few frames. Part of the data order, which does not depend
-    on the number of ranks."""
-    window_frames: Annotated[int, ranges.COUNT] = 8
-    """Shuffle window of each lane, in frames: rows are shuffled within it."""
-    threads: Annotated[int, ranges.MANY_OR_ZERO] = 1
-    """Number of threads that decode frames ahead of the training step; 0: on demand. Changes no
-    batch."""
-    on_bad_frame: Literal["stop", "skip"] = "stop"
-    """Action on a frame that cannot be read. stop: end the run; skip: skip, count and log it."""
-    cache: Path | None = None
-    """Folder, used for nothing else, that caches frames of remote shards: each is fetched once."""
-    cache_gb: Annotated[float, ranges.QUANTITY] = 100.0
-    """Maximum size of the cache, in gigabytes (10**9 bytes)."""
-
-    @field_validator("shards", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
-        if isinstance(value, str | Path):
-            return ({"path": str(value)},)
-        if not isinstance(value, list | tuple) or not value:
-            raise ValueError("give a folder or URL, or a list of them with `path` and `weight`")
-        return value
-
-    @field_serializer("shards")
-    def _as_written(self, shards: tuple[WeightedShards, ...]) -> Any:
-        return shards[0].path if len(shards) == 1 else [part.model_dump() for part in shards]
-
-    @property
-    def description(self) -> str:
-        """The data sets in one line, without the queries of URLs, which may hold secrets."""
-        return ", ".join(
-            shown_url(part.path) + (f" x {part.weight:g}" if len(self.shards) > 1 else "")
-            for part in self.shards
-        )
-
-    @model_validator(mode="after")
-    def _lanes_of_one(self) -> "DataSection":
-        if self.lanes is not None and len(self.shards) > 1:
-            raise ValueError("lanes can be given for one data set, not for a mixture")
-        return self
 
 
 class ModelSection(Section):
@@ -398,6 +334,15 @@ class Config(Section):
     """Steps whose update is skipped."""
     logging: LoggingSection = LoggingSection()
     """Console and trackers."""
+
+    @model_validator(mode="after")
+    def _samples_of_both(self) -> "Config":
+        if self.validation.direction is not None and not self.data.is_both:
+            raise ValueError(
+                "validation.direction is for models of both directions only; set "
+                "data.direction to both or remove it"
+            )
+        return self
 
     @property
     def has_fp32_accumulators(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ValidationInfo, field_validator, model_validator
 
 from data_pipeline.common import number_ranges as ranges
+from data_pipeline.text.codec import Direction
 from megaback.config_section import Section
 
 BenchmarkName = Literal[
@@ -59,6 +60,9 @@ class ValidationSection(Section):
     else the hub."""
     suite_scoring: ScoringName = "question"
     """Score of an answer in `suites` by a backward model."""
+    direction: Direction | None = None
+    """Direction in which a model of both continues `samples` and answers `suites`. Default:
+    backward."""
 
     @property
     def suites_interval(self) -> int | None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.loading.frame_store import FrameStore
@@ -19,8 +19,9 @@ from data_pipeline.loading.rows import Batch, RowReader
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.frame_cache import CacheSettings
 from data_pipeline.text.chat_format import ChatFormat
-from data_pipeline.text.codec import Prompt, TextCodec, TextFormat
-from megaback.config import BatchSection, Config, DataSection, split_batch
+from data_pipeline.text.codec import Direction, Prompt, TextCodec, TextFormat
+from megaback.config import BatchSection, Config, split_batch
+from megaback.config_data import DataSection
 from megaback.planning.data_facts import attended_of
 
 
@@ -122,7 +123,7 @@ class OpenShards:
     def val_rows(self, context_tokens: int) -> tuple[RowReader, ...]:
         """Validation rows of those data sets that have a val set."""
         return tuple(
-            RowReader(FrameStore(data_set, "val"), context_tokens, self.section.direction)
+            _reader(FrameStore(data_set, "val"), context_tokens, self.section)
             for data_set in self.data_sets
             if data_set.manifest.split("val")
         )
@@ -257,9 +258,7 @@ def _given_texts(config: Config, shards: OpenShards) -> GivenTexts:
     """Texts of `validation.samples`. Raises ConfigError for one that does not fit the context."""
     section, context_tokens = config.validation, config.batch.context_tokens
     is_of_examples = shards.data_sets[0].manifest.row_tokens is not None
-    codec = shards.codec
-    if config.data.direction is not codec.format.direction:
-        codec = TextCodec(codec.model_bytes, config.data.direction, codec.format.unit)
+    codec = _codec_of(shards, section.direction or config.data.direction.first)
     prompt_of = ChatFormat(codec).prompt if is_of_examples else codec.prompt
     prompts = tuple(prompt_of(given) for given in section.samples)
     for number, prompt in enumerate(prompts):
@@ -274,12 +273,19 @@ def _given_texts(config: Config, shards: OpenShards) -> GivenTexts:
     )
 
 
+def _codec_of(shards: OpenShards, direction: Direction) -> TextCodec:
+    """The codec of a model that is trained on the shards, in one of its directions."""
+    stored, section = shards.codec.format, shards.section
+    wanted = replace(stored, direction=direction, both=section.is_both)
+    return shards.codec if wanted == stored else TextCodec.of(shards.codec.model_bytes, wanted)
+
+
 def _stream(
     data_set: DataSet, section: DataSection, batch: BatchSection, seed: int, share: float
 ) -> Stream:
     batch_rows = batch.global_batch_rows
     frames = FrameStore(data_set, "train", skip_bad_frames=section.on_bad_frame == "skip")
-    rows = RowReader(frames, batch.context_tokens, section.direction)
+    rows = _reader(frames, batch.context_tokens, section)
     table = RowGrid(frames.shard_tokens, data_set.manifest.frame_tokens, batch.context_tokens)
     lanes = section.lanes or choose_lanes(table.num_frames, batch_rows)
     if share < 1.0:
@@ -296,7 +302,11 @@ def _stream(
         seed=seed,
         window_frames=section.window_frames,
     )
-    return Stream(rows, table, order)
+    return Stream(rows, table, order, section.share_read_forward)
+
+
+def _reader(frames: FrameStore, context_tokens: int, section: DataSection) -> RowReader:
+    return RowReader(frames, context_tokens, section.direction.first, both=section.is_both)
 
 
 def rows_per_epoch(streams: Sequence[Stream], mixture: Mixture) -> float:

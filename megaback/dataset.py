@@ -22,7 +22,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from data_pipeline.common import number_ranges as ranges
 from data_pipeline.errors import ConfigError, RunMismatchError
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch
-from megaback.config import BatchSection, DataSection, TrainingSection
+from megaback.config import BatchSection, TrainingSection
+from megaback.config_data import DataSection
 from megaback.config_messages import sentence
 from megaback.data import OpenShards, RankRows, open_shards
 from megaback.dataset_arguments import require_flags, require_rank, weighted
@@ -61,7 +62,7 @@ def open_dataset(
     global_batch_rows: int = 64,
     micro_batch_rows: int | None = None,
     seed: int = 0,
-    direction: Literal["backward", "forward"] = "backward",
+    direction: Literal["backward", "forward", "both"] = "backward",
     split: Literal["train", "val"] = "train",
     epochs: float = 1.0,
     packed: bool = False,
@@ -87,7 +88,8 @@ def open_dataset(
             rows of the rank in a step. With split "val", rows assigned to a rank at a time
             (default 1).
         seed: seed of the order.
-        direction: reading direction. Shards of unit `token` serve both.
+        direction: reading direction, or both: half of the rows are read in each, as `megaback
+            train` does. Shards of unit `token` serve every direction.
         split: "train", or "val" for every row of the val set once, in stored order.
         epochs: length of a pass over the data set. An epoch is rounded up to whole steps.
         packed: yield batches of consecutive rows, for DataLoader's batch_size=None.

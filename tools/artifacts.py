@@ -285,7 +285,7 @@ def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
     name = run.resolve().name or "run"
     convert = command("convert", path, "--to", "full", "--out", free_path(Path("models") / name))
     lines = {
-        **use_commands(path, meta.format.direction, on_examples=meta.on_examples),
+        **use_commands(path, meta.format.directions, on_examples=meta.on_examples),
         convert: "exports it",
     }
     config = config_of_run(run)
@@ -350,9 +350,7 @@ def _model(folder: Path, verify: bool) -> Artifact:
         kind = "model for transformers (--to hf)" if is_hf else "model (--to full)"
         how = "by their hashes" if verify and not stored.changed else "by size"
         checked = f"{len(stored.names)} files of weights, {how}"
-    codec = TextCodec.load(
-        tokenizer_of(folder), description.text_format.direction, description.text_format.unit
-    )
+    codec = TextCodec.load_as(tokenizer_of(folder), description.text_format)
     description.text_format.require_same(codec.format, f"the model {folder}", "its tokenizer")
     shape = description.shape
     return Artifact(
@@ -371,7 +369,7 @@ def _model(folder: Path, verify: bool) -> Artifact:
         next_lines={}
         if description.is_foreign
         else use_commands(
-            folder, description.text_format.direction, on_examples=description.on_examples
+            folder, description.text_format.directions, on_examples=description.on_examples
         ),
     )
 

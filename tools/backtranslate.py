@@ -28,9 +28,6 @@ from data_pipeline.common.output_paths import (
 )
 from data_pipeline.common.shared_options import limit_option
 from data_pipeline.common.source_type import SOURCE
-from data_pipeline.errors import (
-    DirectionMismatchError,
-)
 from data_pipeline.redaction import place_of
 from data_pipeline.sources.documents import Columns, Slice
 from data_pipeline.sources.record_limits import max_record_bytes_option
@@ -92,12 +89,10 @@ def _load(
     from megaback.inference.decoder import Decoder
     from megaback.weights.model_folder import load_model_folder
 
-    model, description, codec = load_model_folder(folder, device, dtype)
-    _require_direction(folder, codec.format.direction, Direction.BACKWARD)
+    model, description, codec = load_model_folder(folder, device, dtype, Direction.BACKWARD)
     round_trip = None
     if forward is not None:
-        judging, of_judge, its_codec = load_model_folder(forward, device, dtype)
-        _require_direction(forward, its_codec.format.direction, Direction.FORWARD)
+        judging, of_judge, its_codec = load_model_folder(forward, device, dtype, Direction.FORWARD)
         round_trip = RoundTripScorer(judging, ChatFormat(its_codec), of_judge.context_tokens)
     decoder = Decoder(model, description.context_tokens, takes_over=False, cuda_graphs=cuda_graphs)
     return BackTranslator(
@@ -108,14 +103,6 @@ def _load(
         options=options,
         count=count,
     )
-
-
-def _require_direction(folder: Path, found: Direction, wanted: Direction) -> None:
-    if found is not wanted:
-        raise DirectionMismatchError(
-            f"{folder} writes {found.value}, but a model that writes {wanted.value} is needed; "
-            "name another"
-        )
 
 
 def _do_task(

@@ -28,6 +28,7 @@ from tools.jsonl_io import answer_each, json_lines_option, parse_object, print_a
 from tools.model_options import (
     cuda_graphs_option,
     device_option,
+    direction_option,
     dtype_option,
     max_new_tokens_option,
     num_samples_option,
@@ -230,6 +231,7 @@ def _require_direction(folder: Path, actual: Direction, name: str) -> None:
     "--ending", help="Ending of a plain text; a backward model generates what precedes it."
 )
 @click.option("--beginning", help="Beginning of a plain text; a forward model continues it.")
+@direction_option
 @json_lines_option
 @num_samples_option(1, "Number of samples per text; distinct ones are shown, best first.")
 @click.option(
@@ -250,6 +252,7 @@ def main(
     instruction: str | None,
     ending: str | None,
     beginning: str | None,
+    direction: Direction | None,
     is_json: bool,
     num_samples: int,
     history: Path | None,
@@ -284,10 +287,19 @@ def main(
         require_apart(history, [folder], "--history")
     kept = History(history)
     folder = model_folder(folder)
-    direction = read_description(folder).text_format.direction
+    text_format = read_description(folder).text_format
     for name in texts:
-        _require_direction(folder, direction, name)
-    chat = load_chat(folder, device=device, dtype=dtype, cuda_graphs=cuda_graphs)
+        if text_format.both:
+            if direction not in (None, _DIRECTION_OF[name]):
+                raise PromptError(
+                    f"--{name} is continued {_DIRECTION_OF[name].value}; omit --direction"
+                )
+            direction = _DIRECTION_OF[name]
+        else:
+            _require_direction(folder, text_format.direction, name)
+    chat = load_chat(
+        folder, device=device, dtype=dtype, cuda_graphs=cuda_graphs, direction=direction
+    )
     options = SamplingOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
     )

@@ -5,6 +5,7 @@ it is complete.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -15,9 +16,10 @@ from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.common.output_folder import require_output_folder, whole_folder
 from data_pipeline.common.output_paths import overwrite_option
 from data_pipeline.common.shared_options import out_folder_option
+from data_pipeline.text.codec import Direction
 from megaback.run_folder import CHECKPOINTS_FOLDER
 from megaback.use_commands import use_commands
-from tools.model_options import stored_dtype_option
+from tools.model_options import direction_option_named, stored_dtype_option
 
 # Not pydantic.ByteSize, which reads "1,5GB" as one byte and ignores text after the unit.
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -41,6 +43,7 @@ def convert(
     max_file_bytes: int = MAX_FILE_BYTES,
     *,
     overwrite: bool = False,
+    direction: Direction | None = None,
 ) -> None:
     """Export a run, one of its checkpoints, or a converted model as `full`, `hf` or `gguf`.
 
@@ -58,6 +61,9 @@ def convert(
     from tools.export.hf import write_hf_folder
 
     source = open_source(source_path)
+    if direction is not None:
+        text_format = source.description.text_format.using(direction, f"{source_path}")
+        source = replace(source, description=replace(source.description, text_format=text_format))
     torch_dtype: torch.dtype = getattr(torch, dtype)
     name = out.resolve().name
     with whole_folder(out, overwrite=overwrite) as folder:
@@ -93,6 +99,9 @@ def convert(
 )
 @out_folder_option
 @overwrite_option
+@direction_option_named(
+    "--direction", "Direction in which hf and gguf use a model of both. Default: backward."
+)
 @stored_dtype_option
 @click.option(
     "--max-shard-size",
@@ -102,20 +111,28 @@ def convert(
     help="Maximum size of a weight file (full and hf).",
 )
 def main(
-    checkpoint: Path, kind: str, out: Path, overwrite: bool, dtype: str, max_shard_size: int
+    checkpoint: Path,
+    kind: str,
+    out: Path,
+    overwrite: bool,
+    direction: Direction | None,
+    dtype: str,
+    max_shard_size: int,
 ) -> None:
     """Export CHECKPOINT (a run, one of its checkpoints, or a converted model) to a folder.
 
     RUN/checkpoints/best is the checkpoint with the lowest val loss, in a run with
     validation.patience.
     """
-    convert(checkpoint, out, kind, dtype, max_shard_size, overwrite=overwrite)
+    if direction is not None and kind == "full":
+        raise click.UsageError("--direction is for hf and gguf; full has every direction.")
+    convert(checkpoint, out, kind, dtype, max_shard_size, overwrite=overwrite, direction=direction)
     click.echo(f"wrote {out}")
     if kind != "gguf":
         from megaback.weights.model_folder import read_description
 
         made = read_description(out)
-        show_next(use_commands(out, made.text_format.direction, on_examples=made.on_examples))
+        show_next(use_commands(out, made.text_format.directions, on_examples=made.on_examples))
 
 
 if __name__ == "__main__":

@@ -29,10 +29,13 @@ from data_pipeline.common.terminal import print_table
 from data_pipeline.errors import ConfigError
 from data_pipeline.sources.line_writer import writing_lines
 from data_pipeline.sources.record_limits import max_record_bytes_option
+from data_pipeline.text.codec import Direction
 from megaback.config_validation import BenchmarkName, ScoringName
 from tools.model_options import (
     cuda_graphs_option,
     device_option,
+    direction_option,
+    direction_option_named,
     dtype_option,
     max_new_tokens_option,
     seed_option,
@@ -201,6 +204,10 @@ def _differences_table(found: "Mapping[str, Metric]") -> Table:
     type=click.Path(path_type=Path),
     help="Folder of a forward model to compare with, for passage-choice.",
 )
+@direction_option
+@direction_option_named(
+    "--against-direction", "Direction of --against, if it is a model of both. Default: backward."
+)
 @limit_option("rows per suite, the first ones")
 @max_new_tokens_option(100, "row")
 @max_record_bytes_option
@@ -229,6 +236,8 @@ def main(
     names: tuple[str, ...],
     forward: Path | None,
     against: Path | None,
+    direction: Direction | None,
+    against_direction: Direction | None,
     out: Path | None,
     plot: Path | None,
     predictions: str | None,
@@ -259,8 +268,10 @@ def main(
     from tools.suites.base import Evaluated, SuiteOptions
 
     given, suites = SuiteOptions(**options), _suites()
-    evaluated = Evaluated(folder, device, dtype, cuda_graphs=cuda_graphs)
-    other = None if forward is None else Evaluated(forward, device, dtype)
+    evaluated = Evaluated(folder, device, dtype, cuda_graphs=cuda_graphs, direction=direction)
+    other = None
+    if forward is not None:
+        other = Evaluated(forward, device, dtype, direction=Direction.FORWARD)
     results: dict[str, SuiteResult] = {
         name: suites[name](evaluated, other, given) for name in suite_names
     }
@@ -269,7 +280,7 @@ def main(
     compared_by_row: dict[str, Metric] = {}
     if against is not None:
         del evaluated.model
-        compared = Evaluated(against, device, dtype)
+        compared = Evaluated(against, device, dtype, direction=against_direction)
         second = {name: suites[name](compared, None, given) for name in suite_names}
         report["against"] = to_json(against, second, compared.dtype)
         compared_by_row = differences(results, second, given.seed)

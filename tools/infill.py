@@ -126,6 +126,8 @@ def infill(
     epilog=examples(
         "megaback infill --forward models/forward --backward models/backward --beginning "
         '"The captain opened" --ending "and never spoke of it again."',
+        'megaback infill --backward models/both --beginning "The captain opened" --ending '
+        '"and never spoke of it again."',
         "megaback infill --forward models/forward --backward models/backward --json -n 3 "
         "< gaps.jsonl > filled.jsonl",
     ),
@@ -134,8 +136,8 @@ def infill(
     "--forward",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    required=True,
-    help="Folder of the forward model, which continues the beginning.",
+    help="Folder of the forward model, which continues the beginning. Default: that of --backward, "
+    "if it has both directions.",
 )
 @click.option(
     "--backward",
@@ -170,7 +172,7 @@ def infill(
 @dtype_option
 @cuda_graphs_option
 def main(
-    forward: Path,
+    forward: Path | None,
     backward: Path,
     beginning: str | None,
     ending: str | None,
@@ -188,9 +190,10 @@ def main(
 ) -> None:
     """Generate the text between a beginning and an ending.
 
-    A forward and a backward model with one tokenizer generate candidates, which are joined where
-    both models find the whole text most likely. With --json, each line of stdin is an object such
-    as {"beginning": "Once", "ending": "the end.", "n": 2}, and is answered by one line.
+    A forward and a backward model with one tokenizer, or one model of both directions, generate
+    candidates, which are joined where both find the whole text most likely. With --json, each line
+    of stdin is an object such as {"beginning": "Once", "ending": "the end.", "n": 2}, and is
+    answered by one line.
     """
     from megaback.inference.infill.infiller import InfillOptions, load_infiller
     from megaback.inference.sampling import SamplingOptions
@@ -206,7 +209,9 @@ def main(
         backward_candidates=candidates,
         sampling=SamplingOptions(temperature=temperature, top_k=top_k, seed=seed),
     )
-    infiller = load_infiller(forward, backward, device=device, dtype=dtype, cuda_graphs=cuda_graphs)
+    infiller = load_infiller(
+        forward or backward, backward, device=device, dtype=dtype, cuda_graphs=cuda_graphs
+    )
     if beginning is None or ending is None:
         print_all(
             answer_each(stdin_lines(), lambda line: answer(infiller, line, options, num_samples))

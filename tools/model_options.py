@@ -15,6 +15,7 @@ from data_pipeline.common.number_ranges import (
     TOP_K,
     Range,
 )
+from data_pipeline.text.codec import Direction, direction_of
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -53,6 +54,21 @@ seed_option = click.option(
     default=0,
     show_default=True,
     help="Seed of the random number generator.",
+)
+
+
+def direction_option_named(name: str, what: str) -> Callable[[_Function], _Function]:
+    """An option for one direction of a model of both; `what` is its help."""
+    return click.option(
+        name,
+        type=click.Choice([direction.value for direction in Direction]),
+        callback=lambda _context, _option, direction: direction_of(direction),
+        help=what,
+    )
+
+
+direction_option = direction_option_named(
+    "--direction", "Direction in which a model of both is used. Default: backward."
 )
 device_option = click.option(
     "--device", help="Device: cpu, cuda, cuda:1, ... Default: cuda if there is one."

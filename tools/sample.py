@@ -16,6 +16,7 @@ from data_pipeline.text.codec import Direction
 from tools.model_options import (
     cuda_graphs_option,
     device_option,
+    direction_option,
     dtype_option,
     max_new_tokens_option,
     min_p_option,
@@ -109,6 +110,7 @@ def _joined(texts: Sequence[str]) -> str:
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--ending", help="Ending of the text; a backward model generates what precedes it.")
 @click.option("--beginning", help="Beginning of the text; a forward model continues it.")
+@direction_option
 @num_samples_option(
     1, "Number of samples, generated as one batch, with seeds SEED, SEED + 1, ...", MANY
 )
@@ -138,6 +140,7 @@ def main(
     folder: Path,
     ending: str | None,
     beginning: str | None,
+    direction: Direction | None,
     num_samples: int,
     max_new_tokens: int,
     temperature: float,
@@ -153,8 +156,8 @@ def main(
 ) -> None:
     """Generate text with the model in DIR: a converted model, a run or a checkpoint.
 
-    Without --ending and --beginning, the command is interactive: type a text, or temp=X, top_k=X
-    or tokens=X; an empty line or the end of input exits.
+    A model of both directions takes either text. Without one, the command is interactive: type a
+    text, or temp=X, top_k=X or tokens=X; an empty line or the end of input exits.
     """
     from megaback.inference.sampling import SamplingOptions
     from megaback.inference.text_writer import load
@@ -162,13 +165,18 @@ def main(
     from megaback.weights.model_folder import read_description
 
     folder = model_folder(folder)
-    direction = read_description(folder).text_format.direction
     if ending is not None and beginning is not None:
         raise PromptError("give either --ending or --beginning, not both")
-    if ending is not None:
-        require_direction(folder, direction, Direction.BACKWARD)
-    if beginning is not None:
-        require_direction(folder, direction, Direction.FORWARD)
+    text_format = read_description(folder).text_format
+    if ending is not None or beginning is not None:
+        needed = Direction.BACKWARD if ending is not None else Direction.FORWARD
+        if not text_format.both:
+            require_direction(folder, text_format.direction, needed)
+        if direction not in (None, needed):
+            raise PromptError(
+                f"{_PROMPT_OPTION[needed]} is continued {needed.value}; omit --direction"
+            )
+        direction = needed
     writer = load(
         folder,
         device=device,
@@ -176,7 +184,9 @@ def main(
         usual_rows=num_samples,
         compiled=compiled,
         cuda_graphs=cuda_graphs,
+        direction=direction,
     )
+    direction = writer.description.text_format.direction
     options = SamplingOptions(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

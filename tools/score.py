@@ -15,8 +15,9 @@ from data_pipeline.sources.jsonl import Record, read_records
 from data_pipeline.sources.line_writer import writing_lines
 from data_pipeline.sources.record_limits import max_record_bytes_option
 from data_pipeline.sources.weighted import on_bad_record_option
+from data_pipeline.text.codec import Direction
 from megaback.scoring.pairs import PairColumns
-from tools.model_options import devices_option, dtype_option
+from tools.model_options import devices_option, direction_option, dtype_option
 
 if TYPE_CHECKING:
     from megaback.scoring.scorer import EncodedPair, PairEncoder
@@ -149,6 +150,7 @@ def encoded_pairs(
 )
 @on_bad_record_option("stop")
 @max_record_bytes_option
+@direction_option
 @devices_option
 @dtype_option
 def main(
@@ -161,6 +163,7 @@ def main(
     prior: bool,
     on_bad_record: str,
     max_record_bytes: int,
+    direction: Direction | None,
     device: str | None,
     dtype: str,
 ) -> None:
@@ -174,7 +177,9 @@ def main(
     require_output(out, (source, folder), is_ours=json_lines_with(score=dict), overwrite=overwrite)
     from megaback.scoring.scorer import load_scorer
 
-    with load_scorer(folder, form=form, device=device, dtype=dtype, with_prior=prior) as scorer:
+    with load_scorer(
+        folder, form=form, device=device, dtype=dtype, with_prior=prior, direction=direction
+    ) as scorer:
         records = good_records(source, bad, max_record_bytes)
         pairs = encoded_pairs(records, names, scorer.encoder, bad)
         own = OwnKeys("score")

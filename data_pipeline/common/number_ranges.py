@@ -146,6 +146,8 @@ POSITIVE = Range(_FP32_MIN_NORMAL, FP32_MAX)
 SHARE = Range(0.0, 1.0)
 SOME_SHARE = Range(0.0, 1.0, excludes_min=True)
 SHARE_BELOW_ALL = Range(0.0, 1.0, excludes_max=True)
+PART = Range(1e-6, 1 - 1e-6)
+"""Shares of which something is left on either side."""
 QUANTITY = Range(0.0, 1e18, excludes_min=True)
 """Gigabytes, FLOP/s, planned tokens: small enough that products stay finite."""
 PLANNED_TOKENS = Range(1.0, 1e18)

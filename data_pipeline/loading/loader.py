@@ -9,13 +9,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 
 import numpy as np
 
 from data_pipeline.errors import BatchError
+from data_pipeline.loading.directions import Flags, are_forward
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.order import Order
 from data_pipeline.loading.row_grid import RowGrid
@@ -35,6 +36,8 @@ class Stream:
     table: RowGrid
     order: Order
     """Order within the data set; its batch is about the data set's mean number of rows per step."""
+    forward_share: float | None = None
+    """Share of the rows that are read forward, for a model of both directions; else None."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class _Plan:
     stream: Indices
     frame: Indices
     row: Indices
+    is_forward: Flags | None
+
+    def first(self, size: int) -> "_Plan":
+        """The first `size` rows."""
+        is_forward = None if self.is_forward is None else self.is_forward[:size]
+        return _Plan(self.stream[:size], self.frame[:size], self.row[:size], is_forward)
 
 
 class TrainingLoader:
@@ -136,8 +145,7 @@ class TrainingLoader:
                 if start >= stop:
                     return
                 size = min(num_rows, stop - start)
-                cut = _Plan(plan.stream[:size], plan.frame[:size], plan.row[:size])
-                yield self._assemble(cut, size)[0]
+                yield self._assemble(plan.first(size), size)[0]
             first += stride * num_planned
             num_planned = min(2 * num_planned, max(1, _PLANNED_ROWS // num_rows))
 
@@ -157,13 +165,18 @@ class TrainingLoader:
         """Places of rows of the mixture: one plan per step of `number`, shape (steps, rows)."""
         stream_of, row_of = self._mixture.deal(number)
         frame, row = np.empty_like(number), np.empty_like(number)
+        are_both = self._streams[0].forward_share is not None
+        is_forward = np.zeros(number.shape, dtype=np.bool_)
         for index, stream in enumerate(self._streams):
             mine = stream_of == index
             step, position = np.divmod(row_of[mine], stream.order.global_batch_rows)
             places = stream.order.places_of(step, position)
             frame[mine], row[mine] = stream.table.locate(places.frame, places.row)
-        for of_step in zip(stream_of, frame, row, strict=True):
-            yield _Plan(*of_step)
+            if stream.forward_share is not None:
+                is_forward[mine] = are_forward(step, position, stream.forward_share)
+        for of_step in zip(stream_of, frame, row, is_forward, strict=True):
+            plan = _Plan(*of_step)
+            yield plan if are_both else replace(plan, is_forward=None)
 
     def _request(self, plan: _Plan, executor: ThreadPoolExecutor) -> None:
         """Decode the frames of a step ahead."""
@@ -173,7 +186,7 @@ class TrainingLoader:
 
     def _assemble(self, plan: _Plan, micro_batch_rows: int) -> list[Batch]:
         readers = [stream.rows for stream in self._streams]
-        rows = read_rows(readers, plan.stream, plan.frame, plan.row)
+        rows = read_rows(readers, plan.stream, plan.frame, plan.row, plan.is_forward)
         return pack(rows, readers[0].begin_id, readers[0].end_id, micro_batch_rows)
 
 
@@ -231,17 +244,31 @@ class _Prefetcher:
 class SequentialRows:
     """Every row of a split once, in stored order, dealt to the ranks: the val set.
 
+
     Each rank in turn gets `micro_batch_rows` rows. All get the same number: each data set is padded
     with rows without targets, because sharded ranks must run every forward pass together.
+
+    Rows of a model of both directions are read backward, then forward, unless `in_one_direction`,
+    that of the readers' text format.
     """
 
     def __init__(
-        self, readers: Sequence[RowReader], rank: int, world_size: int, micro_batch_rows: int
+        self,
+        readers: Sequence[RowReader],
+        rank: int,
+        world_size: int,
+        micro_batch_rows: int,
+        *,
+        in_one_direction: bool = False,
     ) -> None:
         self._readers = readers
         tables = [_dealt(rows, rank, world_size, micro_batch_rows) for rows in readers]
         self._reader = np.repeat(np.arange(len(readers)), [len(table) for table in tables])
         self._place = np.concatenate(tables)
+        self._is_forward: Flags | None = None
+        if readers[0].text_format.both and not in_one_direction:
+            self._is_forward = np.repeat([False, True], len(self._reader))
+            self._reader, self._place = np.tile(self._reader, 2), np.tile(self._place, (2, 1))
 
     @property
     def num_rows(self) -> int:
@@ -252,7 +279,9 @@ class SequentialRows:
         """As `TrainingLoader.slices`. Raises the errors of frames."""
         for start in range(first, stop, stride):
             part = slice(start, min(start + num_rows, stop))
-            rows = read_rows(self._readers, self._reader[part], *self._place[part].T)
+            is_forward = None if self._is_forward is None else self._is_forward[part]
+            frame, row = self._place[part].T
+            rows = read_rows(self._readers, self._reader[part], frame, row, is_forward)
             begin_id, end_id = self._readers[0].begin_id, self._readers[0].end_id
             yield from pack(rows, begin_id, end_id, len(rows.lengths_N))
 
@@ -272,6 +301,6 @@ def _dealt(rows: RowReader, rank: int, world_size: int, micro_batch_rows: int) -
 def sequential_batches(
     rows: RowReader, rank: int, world_size: int, micro_batch_rows: int
 ) -> Iterator[Batch]:
-    """Yield a rank's batches of the `SequentialRows` of one data set."""
-    dealt = SequentialRows([rows], rank, world_size, micro_batch_rows)
+    """Yield a rank's batches of the `SequentialRows` of one data set, in one direction."""
+    dealt = SequentialRows([rows], rank, world_size, micro_batch_rows, in_one_direction=True)
     return dealt.slices(0, dealt.num_rows, micro_batch_rows, micro_batch_rows)

@@ -10,11 +10,12 @@ row's end, so none attends to another or is cut.
 
 A run may read `token` shards against their stored direction. Each row's window of
 `context_tokens + 1` ids is then read from its other end with begin and end markers exchanged, so
-that both directions see the same windows in the same steps.
+that both directions see the same windows in the same steps. A model of both directions reads each
+row in one of them (`directions`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -23,11 +24,11 @@ import numpy as np
 import numpy.typing as npt
 
 from data_pipeline.errors import ConfigError, DirectionMismatchError
+from data_pipeline.loading.directions import IGNORED_TARGET as IGNORED_TARGET
+from data_pipeline.loading.directions import Flags, exchange, mark_directions
 from data_pipeline.loading.frame_store import FrameStore, Marks
 from data_pipeline.shards.examples import HAS_LOSS, STARTS
 from data_pipeline.text.codec import Direction, TextFormat, Unit
-
-IGNORED_TARGET = -100
 
 Indices = npt.NDArray[np.int64]
 
@@ -46,6 +47,10 @@ class Batch:
     num_targets: int
     num_skipped_rows: int
     """Rows of frames that could not be read and were skipped: they have no targets."""
+    is_forward_N: Flags | None = None
+    """Whether each row is read forward, for a model of both directions; else None."""
+    num_forward_targets: int = 0
+    """Targets of the rows that are read forward, of a model of both directions."""
 
     @property
     def positions_T(self) -> Indices:  # noqa: N802 - named as the arrays are
@@ -62,25 +67,38 @@ class Batch:
         firsts = np.searchsorted(self.cu_seqlens, [*starts, len(self.ids_T)])
         for start, (first, last) in zip(starts.tolist(), pairwise(firsts.tolist()), strict=True):
             targets = self.targets_T[start : start + context_tokens]
+            num_targets = int(np.count_nonzero(targets != IGNORED_TARGET))
+            of_row = self.is_forward_N
+            if of_row is not None:
+                of_row = of_row[start // context_tokens :][:1]
             yield Batch(
                 ids_T=self.ids_T[start : start + context_tokens],
                 targets_T=targets,
                 cu_seqlens=self.cu_seqlens[first : last + 1] - np.int32(start),
-                num_targets=int(np.count_nonzero(targets != IGNORED_TARGET)),
+                num_targets=num_targets,
                 num_skipped_rows=0,
+                is_forward_N=of_row,
+                num_forward_targets=0 if of_row is None else num_targets * int(of_row[0]),
             )
 
 
 class RowReader:
-    """Reads rows of one data set in the direction of the run."""
+    """Reads rows of one data set in the direction of the run, or each row in one of both."""
 
-    def __init__(self, frames: FrameStore, context_tokens: int, direction: Direction) -> None:
-        """Raises ConfigError or DirectionMismatchError for incompatible shards."""
+    def __init__(
+        self, frames: FrameStore, context_tokens: int, direction: Direction, *, both: bool = False
+    ) -> None:
+        """`both`: the rows are for a model of both directions.
+
+        Raises ConfigError or DirectionMismatchError for incompatible shards.
+        """
         manifest = frames.manifest
         check_context(context_tokens, manifest.frame_tokens)
         if manifest.row_tokens is not None:
-            _check_examples(context_tokens, manifest.row_tokens, manifest.text_format, direction)
-        self.text_format = format_read_as(manifest.text_format, direction)
+            _check_examples(
+                context_tokens, manifest.row_tokens, manifest.text_format, direction, both=both
+            )
+        self.text_format = format_read_as(manifest.text_format, direction, both=both)
         self.frames = frames
         self.context_tokens = context_tokens
         self.begin_id = manifest.begin_id
@@ -99,8 +117,12 @@ class RowReader:
         (batch,) = pack(rows, self.begin_id, self.end_id, len(frame))
         return batch
 
-    def read(self, frame: Indices, row: Indices) -> "Rows":
-        """Rows in reading order. Raises the errors of the frames."""
+    def read(self, frame: Indices, row: Indices, is_forward_N: Flags | None = None) -> "Rows":
+        """Rows in reading order. Raises the errors of the frames.
+
+        `is_forward_N`: which rows a model of both directions reads forward; by default all are in
+        the direction of the text format.
+        """
         frames = self.frames
         ids_NC, next_N, marks_NC = frames.rows(frame, row, self.context_tokens)
         lengths_N = frames.num_tokens(frame) - row * self.context_tokens
@@ -112,7 +134,17 @@ class RowReader:
             if marks_NC is not None:
                 marks_NC[lengths_N <= 0] = 0
         rows = Rows(ids_NC, next_N, lengths_N, marks_NC)
-        return _flipped(rows, self.begin_id, self.end_id) if self.is_flipped else rows
+        if not self.text_format.both:
+            return _flipped(rows, self.begin_id, self.end_id) if self.is_flipped else rows
+        if is_forward_N is None:
+            is_forward_N = np.full(len(frame), self.text_format.direction is Direction.FORWARD)
+        is_stored_forward = frames.manifest.text_format.direction is Direction.FORWARD
+        other = is_forward_N != is_stored_forward
+        flipped = _flipped(
+            Rows(ids_NC[other], next_N[other], lengths_N[other]), self.begin_id, self.end_id
+        )
+        ids_NC[other], next_N[other] = flipped.ids_NC, flipped.next_N
+        return replace(rows, is_forward_N=is_forward_N)
 
 
 @dataclass(frozen=True)
@@ -129,17 +161,29 @@ class Rows:
     lengths_N: Indices
     marks_NC: Marks | None = None
     """Marks of each id of instruction examples (examples.py); None for documents."""
+    is_forward_N: Flags | None = None
+    """Whether each row is in forward order, for a model of both directions; else None. Documents
+    of either order are still between begin and end markers."""
 
 
-def read_rows(readers: Sequence[RowReader], reader: Indices, frame: Indices, row: Indices) -> Rows:
+def read_rows(
+    readers: Sequence[RowReader],
+    reader: Indices,
+    frame: Indices,
+    row: Indices,
+    is_forward_N: Flags | None = None,
+) -> Rows:
     """Rows of several data sets of one format: row i is in a frame of readers[reader[i]].
 
     Raises the errors of the frames.
     """
     if len(readers) == 1:
-        return readers[0].read(frame, row)
+        return readers[0].read(frame, row, is_forward_N)
     parts = [np.flatnonzero(reader == number) for number in range(len(readers))]
-    read = [one.read(frame[part], row[part]) for one, part in zip(readers, parts, strict=True)]
+    read = [
+        one.read(frame[part], row[part], None if is_forward_N is None else is_forward_N[part])
+        for one, part in zip(readers, parts, strict=True)
+    ]
     back = np.argsort(np.concatenate(parts), kind="stable")
     marks = [rows.marks_NC for rows in read if rows.marks_NC is not None]
     return Rows(
@@ -147,6 +191,7 @@ def read_rows(readers: Sequence[RowReader], reader: Indices, frame: Indices, row
         np.concatenate([rows.next_N for rows in read])[back],
         np.concatenate([rows.lengths_N for rows in read])[back],
         np.concatenate(marks)[back] if marks else None,
+        is_forward_N,
     )
 
 
@@ -162,8 +207,7 @@ def _flipped(rows: Rows, begin_id: int, end_id: int) -> Rows:
         ids_NC[number, :length] = rows.ids_NC[number, :length][::-1]
         ids_NC[number, length:] = begin_id  # exchanged below
     for ids in (ids_NC, next_N):
-        begins, ends = ids == begin_id, ids == end_id
-        ids[begins], ids[ends] = end_id, begin_id
+        exchange(ids, begin_id, end_id)
     return Rows(ids_NC, next_N, rows.lengths_N)
 
 
@@ -190,6 +234,11 @@ def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[
         segments = np.flatnonzero(rows.marks_NC & STARTS)
         inner = segments[segments % context_tokens > 0]
 
+    is_forward_N = rows.is_forward_N
+    if is_forward_N is not None:
+        ids_NC = ids_T.reshape(rows.ids_NC.shape)
+        mark_directions(ids_NC, targets_NC, num_targets_N, is_forward_N, begin_id, end_id)
+
     starts, batch_starts = _edges(num_rows, context_tokens, micro_batch_rows)
     bounds = np.concatenate([starts, inner])
     bounds.sort()
@@ -208,6 +257,10 @@ def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[
                 cu_seqlens=bounds[first : next_first + 1] - np.int32(number * tokens),
                 num_targets=int(num_targets_N[of_rows].sum()),
                 num_skipped_rows=int(np.count_nonzero(rows.lengths_N[of_rows] < 0)),
+                is_forward_N=None if is_forward_N is None else is_forward_N[of_rows],
+                num_forward_targets=0
+                if is_forward_N is None
+                else int(num_targets_N[of_rows][is_forward_N[of_rows]].sum()),
             )
         )
     return batches
@@ -250,7 +303,7 @@ def check_context(context_tokens: int, frame_tokens: int) -> None:
 
 
 def _check_examples(
-    context_tokens: int, row_tokens: int, stored: TextFormat, direction: Direction
+    context_tokens: int, row_tokens: int, stored: TextFormat, direction: Direction, *, both: bool
 ) -> None:
     """Raises ConfigError or DirectionMismatchError for examples of another row or direction."""
     if context_tokens % row_tokens:
@@ -258,6 +311,12 @@ def _check_examples(
             f"context_tokens is {context_tokens}, but the examples of the shards are packed into "
             f"rows of {row_tokens} tokens; use {row_tokens} or a multiple, or build the shards "
             f"with `megaback instruct build --context-tokens {context_tokens}`"
+        )
+    if both:
+        raise DirectionMismatchError(
+            "the run reads 'both' directions, but the shards hold instruction examples in "
+            f"direction {stored.direction.value!r}, which cannot be reversed; use "
+            f"data.direction={stored.direction.value}, also to fine-tune a model of both"
         )
     if direction is not stored.direction:
         raise DirectionMismatchError(
@@ -267,15 +326,21 @@ def _check_examples(
         )
 
 
-def format_read_as(stored: TextFormat, direction: Direction) -> TextFormat:
-    """The text format that a run reads: the stored one, or its reverse.
+def format_read_as(stored: TextFormat, direction: Direction, *, both: bool = False) -> TextFormat:
+    """The text format that a run reads: the stored one, its reverse, or both.
 
     Raises DirectionMismatchError for `word` shards read against their direction.
     """
+    if both and stored.unit is Unit.WORD:
+        raise DirectionMismatchError(
+            "the run reads 'both' directions, but the shards hold direction "
+            f"{stored.direction.value!r} in unit 'word', which cannot be reversed; build them by "
+            "`megaback shards build --unit token`"
+        )
     if direction is not stored.direction and stored.unit is Unit.WORD:
         raise DirectionMismatchError(
             f"the run reads {direction.value!r}, but the shards hold direction "
             f"{stored.direction.value!r} in unit 'word', which cannot be reversed; "
             f"use `megaback shards build --direction {direction.value}`"
         )
-    return TextFormat(direction, stored.unit, stored.tokenizer_sha256)
+    return TextFormat(direction, stored.unit, stored.tokenizer_sha256, both)

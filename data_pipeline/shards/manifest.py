@@ -272,6 +272,8 @@ class Manifest:
     def _require_consistent(self) -> None:
         """Raises ValueError for a number that is out of range or contradicts another one."""
         require_sha256("tokenizer_sha256", self.text_format.tokenizer_sha256)
+        if self.text_format.both:
+            raise ValueError("its direction is 'both', which only models have")
         if self.dictionary_sha256 is not None:
             require_sha256("dictionary_sha256", self.dictionary_sha256)
         if self.id_bytes not in ID_BYTES:

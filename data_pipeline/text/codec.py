@@ -9,7 +9,7 @@ encodes to a control id.
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from itertools import compress
@@ -21,7 +21,12 @@ import numpy.typing as npt
 
 from data_pipeline.common.limits import MAX_TOKENIZER_BYTES, MAX_VOCABULARY
 from data_pipeline.common.regular_files import read_file
-from data_pipeline.errors import DirectionMismatchError, TokenizerError, TokenizerMismatchError
+from data_pipeline.errors import (
+    ConfigError,
+    DirectionMismatchError,
+    TokenizerError,
+    TokenizerMismatchError,
+)
 from data_pipeline.text.encoder import Encoder, Ids, SentencePieceEncoder, fastest_encoder
 
 BEGIN_PIECE = "<|startoftext|>"
@@ -52,6 +57,27 @@ class Direction(str, Enum):
 
     BACKWARD = "backward"
     FORWARD = "forward"
+
+
+def direction_of(name: Direction | str | None) -> Direction | None:
+    """The direction of this name; None for the default of a model. Raises ConfigError."""
+    names = [direction.value for direction in Direction]
+    if name is not None and name not in names:
+        raise ConfigError(f"`direction` is {name!r}; use {' or '.join(names)}, or omit it")
+    return None if name is None else Direction(name)
+
+
+class Directions(str, Enum):
+    """Directions of a model: one, or both."""
+
+    BACKWARD = Direction.BACKWARD.value
+    FORWARD = Direction.FORWARD.value
+    BOTH = "both"
+
+    @property
+    def first(self) -> Direction:
+        """The direction in which a model is used by default."""
+        return Direction.FORWARD if self is Directions.FORWARD else Direction.BACKWARD
 
 
 class Unit(str, Enum):
@@ -88,10 +114,16 @@ class TextFormat:
     direction: Direction
     unit: Unit
     tokenizer_sha256: str
+    both: bool = False
+    """Whether a model has both directions, of which `direction` is the one in use."""
+
+    @property
+    def directions(self) -> Directions:
+        return Directions.BOTH if self.both else Directions(self.direction.value)
 
     def to_dict(self) -> dict[str, str]:
         return {
-            "direction": self.direction.value,
+            "direction": self.directions.value,
             "unit": self.unit.value,
             "tokenizer_sha256": self.tokenizer_sha256,
         }
@@ -99,9 +131,25 @@ class TextFormat:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TextFormat":
         """Raises KeyError for a missing field and ValueError for an invalid one."""
+        directions = Directions(fields["direction"])
         return cls(
-            Direction(fields["direction"]), Unit(fields["unit"]), str(fields["tokenizer_sha256"])
+            directions.first,
+            Unit(fields["unit"]),
+            str(fields["tokenizer_sha256"]),
+            both=directions is Directions.BOTH,
         )
+
+    def using(self, direction: Direction, what: str) -> "TextFormat":
+        """The format of a model that is used in this direction.
+
+        Raises DirectionMismatchError, with `what` as the model's name, if it has only the other.
+        """
+        if self.direction is not direction and not self.both:
+            raise DirectionMismatchError(
+                f"{what} writes {self.direction.value} only, not {direction.value}; give a model "
+                "of that direction, or of both"
+            )
+        return replace(self, direction=direction)
 
     def require_same(self, other: "TextFormat", this: str, that: str) -> None:
         """Raises TokenizerMismatchError or DirectionMismatchError unless the formats are equal.
@@ -114,7 +162,7 @@ class TextFormat:
                 f"tokenizer {other.tokenizer_sha256[:12]}; use artifacts made with one tokenizer"
             )
         for name, mine, theirs in (
-            ("direction", self.direction.value, other.direction.value),
+            ("direction", self.directions.value, other.directions.value),
             ("unit", self.unit.value, other.unit.value),
         ):
             if mine != theirs:
@@ -145,15 +193,19 @@ class TextCodec:
     """Encodes and renders with one SentencePiece model, direction and unit.
 
     Encodes exactly as SentencePiece does, with a faster encoder once there is much to encode.
-    Instances are pickled as the serialized model.
+    With `both`, for a model of both directions, the begin and end markers are exchanged if it reads
+    forward, so that the first id names the direction. Instances are pickled as the serialized
+    model.
     """
 
-    def __init__(self, model_bytes: bytes, direction: Direction, unit: Unit) -> None:
+    def __init__(
+        self, model_bytes: bytes, direction: Direction, unit: Unit, *, both: bool = False
+    ) -> None:
         """Raises TokenizerError when the bytes are not a tokenizer that megaback can use."""
         import sentencepiece
 
         self.model_bytes = model_bytes
-        self.format = TextFormat(direction, unit, hashlib.sha256(model_bytes).hexdigest())
+        self.format = TextFormat(direction, unit, hashlib.sha256(model_bytes).hexdigest(), both)
         try:
             self._processor = sentencepiece.SentencePieceProcessor()
             self._processor.LoadFromSerializedProto(model_bytes)
@@ -170,6 +222,8 @@ class TextCodec:
         self._characters_before_fastest = _CHARACTERS_BEFORE_FASTEST
         self.begin_id = self._require_control(BEGIN_PIECE)
         self.end_id = self._require_control(END_PIECE)
+        if both and direction is Direction.FORWARD:
+            self.begin_id, self.end_id = self.end_id, self.begin_id
         self.chat_ids = {piece: self._require_control(piece) for piece in CHAT_PIECES}
         self._byte_ids = np.array(
             [self._require_byte(value) for value in range(256)], dtype=self.id_dtype
@@ -186,7 +240,9 @@ class TextCodec:
             )
 
     @classmethod
-    def load(cls, path: Path, direction: Direction, unit: Unit) -> "TextCodec":
+    def load(
+        cls, path: Path, direction: Direction, unit: Unit, *, both: bool = False
+    ) -> "TextCodec":
         """Read a tokenizer.model file. Raises TokenizerError when it cannot be used."""
         try:
             model_bytes = read_file(path, MAX_TOKENIZER_BYTES)
@@ -197,17 +253,35 @@ class TextCodec:
                 f"cannot read the tokenizer {path}: {error.strerror}; {advice}"
             ) from None
         try:
-            return cls(model_bytes, direction, unit)
+            return cls(model_bytes, direction, unit, both=both)
         except TokenizerError as error:
             raise TokenizerError(f"{path}: {error}") from None
 
-    def __reduce__(self) -> tuple[type["TextCodec"], tuple[bytes, Direction, Unit]]:
-        return TextCodec, (self.model_bytes, self.format.direction, self.format.unit)
+    def __reduce__(self) -> tuple[Any, tuple[bytes, TextFormat]]:
+        return TextCodec.of, (self.model_bytes, self.format)
+
+    @classmethod
+    def of(cls, model_bytes: bytes, text_format: TextFormat) -> "TextCodec":
+        """The codec of an artifact's format. Raises TokenizerError."""
+        return cls(model_bytes, text_format.direction, text_format.unit, both=text_format.both)
 
     @property
     def encoder_name(self) -> str:
         """Name of the encoder that is used once there is much to encode."""
         return self._fastest.name
+
+    @classmethod
+    def load_as(cls, path: Path, text_format: TextFormat) -> "TextCodec":
+        """The codec of a model with this tokenizer.model. Raises TokenizerError."""
+        return cls.load(path, text_format.direction, text_format.unit, both=text_format.both)
+
+    def newest(self, ids: Sequence[int], num_tokens: int) -> list[int]:
+        """The last ids, at most `num_tokens`; for a model of both directions, whose first id names
+        the direction, the first of them is the begin marker."""
+        newest = list(ids[max(len(ids) - num_tokens, 0) :])
+        if self.format.both and newest:
+            newest[0] = self.begin_id
+        return newest
 
     def encode(self, text: str) -> Ids:
         """Ids of a text as the model reads it, without markers: shape (tokens,), read-only."""

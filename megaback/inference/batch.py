@@ -284,7 +284,9 @@ class ContinuousBatch:
         for at in reversed(range(len(self._rows))):  # removing a row moves none before it
             if self._cache.lengths[at] == context_tokens:
                 row = self._take(at)
-                self._readings.append(_Reading(row, row.sample.ids[-(context_tokens // 2) : -1]))
+                read = row.sample.ids[:-1]
+                newer = self.codec.newest(read, context_tokens // 2 - 1)
+                self._readings.append(_Reading(row, newer))
 
     def _chosen(self, logits_BV: Tensor, choices: "list[tuple[SamplingOptions, _At]]") -> Tensor:
         """An id for each row, -1 for a row without one, with which the next step begins."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from data_pipeline.common.number_ranges import FEW
 from data_pipeline.errors import ConfigError, PromptError
 from data_pipeline.text.chat_format import ChatFormat
-from data_pipeline.text.codec import Prompt
+from data_pipeline.text.codec import Direction, Prompt, direction_of
 from megaback.inference.decoder import Decoder
 from megaback.inference.generate import complete, sample_many
 from megaback.inference.likelihood import Continuation, log_probabilities
@@ -93,14 +93,19 @@ def load_chat(
     device: str | None = None,
     dtype: str = "auto",
     cuda_graphs: bool = True,
+    direction: Direction | str | None = None,
 ) -> Chat:
-    """A BackChat model from a folder, a run or a checkpoint, with `device`, `dtype` and
-    `cuda_graphs` as `megaback.load` takes them.
+    """A BackChat model from a folder, a run or a checkpoint, with `device`, `dtype`,
+    `cuda_graphs` and `direction` as `megaback.load` takes them.
 
-    Raises CheckpointMissingError, CheckpointCorruptError, BackendError.
+    Raises CheckpointMissingError, CheckpointCorruptError, BackendError, ConfigError,
+    DirectionMismatchError.
     """
     on = choose_device(device)
-    model, description, codec = load_model_folder(model_folder(folder), on, choose_dtype(dtype, on))
+    reading = direction_of(direction)
+    model, description, codec = load_model_folder(
+        model_folder(folder), on, choose_dtype(dtype, on), reading
+    )
     decoder = Decoder(model, description.context_tokens, takes_over=False, cuda_graphs=cuda_graphs)
     return Chat(model, decoder, ChatFormat(codec))
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor, nn
 
-from data_pipeline.text.codec import TextCodec
+from data_pipeline.text.codec import Direction, TextCodec
 from megaback.inference.cuda_graph import Capture, CudaCapture, why_no_graphs
 from megaback.inference.kv_cache import CacheView, KeyValueCache, LayerState
 from megaback.inference.steps import Steps
@@ -328,9 +328,10 @@ def load_decoder(
     usual_rows: int = 1,
     compiled: bool = False,
     cuda_graphs: bool = True,
+    direction: Direction | None = None,
 ) -> tuple[Decoder, ModelDescription, TextCodec]:
     """A decoder of the model in a folder, with its description and codec."""
-    model, description, codec = load_model_folder(folder, device, dtype)
+    model, description, codec = load_model_folder(folder, device, dtype, direction)
     decoder = Decoder(
         model,
         description.context_tokens,

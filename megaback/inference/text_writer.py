@@ -5,10 +5,12 @@ print(writer.complete_backwards("and they lived happily ever after."))
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from data_pipeline.errors import DirectionMismatchError, PromptError
-from data_pipeline.text.codec import Direction, TextCodec
+from data_pipeline.text.codec import Direction, TextCodec, direction_of
 from megaback.inference.decoder import Decoder, load_decoder
 from megaback.inference.generate import generate_many
 from megaback.inference.placement import choose_device, choose_dtype
@@ -25,6 +27,7 @@ def load(
     usual_rows: int = 1,
     compiled: bool = False,
     cuda_graphs: bool = True,
+    direction: Direction | str | None = None,
 ) -> "Writer":
     """The model in a folder that `megaback convert --to full` or `--to hf` wrote, or of a run or
     a checkpoint, which is converted beside it, once.
@@ -33,13 +36,22 @@ def load(
     `float32`, `bfloat16`, or by default `auto`: `bfloat16` on a GPU that computes in it, `float32`
     elsewhere. `usual_rows`: number of texts per batch to optimize for. `compiled`: with
     torch.compile. `cuda_graphs`: on a CUDA device, capture the steps of generation and replay
-    them. Raises CheckpointMissingError, CheckpointCorruptError, BackendError.
+    them. `direction`: of a model of both, the direction in which `complete_many` and `stream`
+    write, `backward` (the default) or `forward`. Raises CheckpointMissingError,
+    CheckpointCorruptError, BackendError, ConfigError, DirectionMismatchError.
     """
+    reading = direction_of(direction)
     on = choose_device(device)
     weights = choose_dtype(dtype, on)
     path = model_folder(folder)
     made = load_decoder(
-        path, on, weights, usual_rows=usual_rows, compiled=compiled, cuda_graphs=cuda_graphs
+        path,
+        on,
+        weights,
+        usual_rows=usual_rows,
+        compiled=compiled,
+        cuda_graphs=cuda_graphs,
+        direction=reading,
     )
     return Writer(*made)
 
@@ -51,6 +63,18 @@ class Writer:
         self.decoder = decoder
         self.description = description
         self.codec = codec
+
+    @cached_property
+    def _other(self) -> "Writer":
+        """The same model in its other direction."""
+        text_format = self.description.text_format
+        (direction,) = set(Direction) - {text_format.direction}
+        turned = replace(text_format, direction=direction)
+        return Writer(
+            self.decoder,
+            replace(self.description, text_format=turned),
+            TextCodec.of(self.codec.model_bytes, turned),
+        )
 
     def complete_backwards(
         self,
@@ -72,7 +96,7 @@ class Writer:
         ending is longer than the model's context, and DirectionMismatchError for a model that
         writes forward.
         """
-        self._require(Direction.BACKWARD, "complete_backwards")
+        writer = self._in(Direction.BACKWARD, "complete_backwards")
         options = SamplingOptions(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -84,7 +108,7 @@ class Writer:
             stop_ids=stop_ids,
             min_new_tokens=min_new_tokens,
         )
-        return self.complete_many([ending], options)[0]
+        return writer.complete_many([ending], options)[0]
 
     def complete_forwards(
         self,
@@ -104,7 +128,7 @@ class Writer:
 
         Raises the errors of `complete_backwards`, for a model of the other direction.
         """
-        self._require(Direction.FORWARD, "complete_forwards")
+        writer = self._in(Direction.FORWARD, "complete_forwards")
         options = SamplingOptions(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -116,7 +140,7 @@ class Writer:
             stop_ids=stop_ids,
             min_new_tokens=min_new_tokens,
         )
-        return self.complete_many([beginning], options)[0]
+        return writer.complete_many([beginning], options)[0]
 
     def complete_many(
         self, given: Sequence[str], options: SamplingOptions = SamplingOptions()
@@ -152,13 +176,18 @@ class Writer:
                     text.ids.append(new_id)
             yield
 
-    def _require(self, direction: Direction, method: str) -> None:
-        actual = self.description.text_format.direction
-        if actual is not direction:
+    def _in(self, direction: Direction, method: str) -> "Writer":
+        """This model in a direction. Raises DirectionMismatchError if it lacks it."""
+        text_format = self.description.text_format
+        actual = text_format.direction
+        if actual is direction:
+            return self
+        if not text_format.both:
             raise DirectionMismatchError(
                 f"{method} needs a model that writes {direction.value}, but this one writes "
                 f"{actual.value}; use complete_{actual.value}s"
             )
+        return self._other
 
 
 class _Text:

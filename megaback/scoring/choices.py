@@ -137,11 +137,13 @@ class ChoiceEncoder:
         """
         ids, length = self.codec.encode(text).tolist(), self.context_tokens
         windows = [Continuation((self.codec.begin_id,), tuple(ids[:length]))] if ids else []
-        for start in range(length, len(ids), length):
-            stop = min(start + length, len(ids))
-            windows.append(
-                Continuation(tuple(ids[stop - length - 1 : start]), tuple(ids[start:stop]))
-            )
+        # A model of both directions needs its marker in place of the first id of a window.
+        step = length - self.codec.format.both
+        for start in range(length, len(ids), step):
+            stop = min(start + step, len(ids))
+            given = ids[stop - length - 1 : start]
+            given = self.codec.newest(given, len(given))
+            windows.append(Continuation(tuple(given), tuple(ids[start:stop])))
         return windows
 
     def _encode(self, choice: Choice) -> EncodedChoice:
@@ -183,7 +185,8 @@ class ChoiceEncoder:
         if room < 1:
             raise PromptError(_too_long(len(one.scored), self.context_tokens))
         num_cut = max(0, len(one.given) - room)
-        return EncodedChoice(one.given[num_cut:], one.scored, num_cut)
+        given = self.codec.newest(one.given, room)
+        return EncodedChoice(tuple(given), one.scored, num_cut)
 
 
 def _backward_cut(one: EncodedChoice, room: int, context_tokens: int) -> EncodedChoice:

@@ -216,6 +216,11 @@ _Running = tuple[list[_Piece[_Carried]], list[tuple[_Document[_Carried], Window]
 def _require_usable(described: dict[Direction, ModelDescription], data_set: DataSet) -> None:
     """Raises DirectionMismatchError or TokenizerMismatchError."""
     forward, backward = (described[name].text_format for name in _DIRECTIONS)
+    if forward.both or backward.both:
+        raise DirectionMismatchError(
+            "documents are scored by two models that were trained alike in one direction each, but "
+            "one of these has both; train a pair with data.direction=forward and backward"
+        )
     require_pair(forward, backward)
     stored = replace(data_set.manifest.text_format, direction=Direction.FORWARD)
     stored.require_same(forward, data_set.name, "the models")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from data_pipeline.errors import ConfigError, PromptError
 from data_pipeline.text.chat_format import ChatFormat
-from data_pipeline.text.codec import Direction, TextCodec
+from data_pipeline.text.codec import Direction, TextCodec, direction_of
 from megaback.inference.device_pool import DevicePool, choose_devices
 from megaback.inference.likelihood import Continuation, in_packs
 from megaback.inference.placement import choose_dtype, dtype_name
@@ -206,21 +206,22 @@ def load_scorer(
     device: str | None = None,
     dtype: str = "auto",
     with_prior: bool = True,
+    direction: Direction | str | None = None,
 ) -> Scorer:
     """A scorer with the model in a folder that `megaback convert --to full` or `--to hf` wrote, or
     of a run or a checkpoint, which is converted beside it, once.
 
     `form`: `chat` or `plain` (docs/scoring.md). `device`: names separated by commas; by default
     every GPU, or else the CPU. `dtype`: as `megaback.load` takes it. `with_prior`: also score the
-    written text alone, for `Score.log_ratio`. Raises ConfigError, CheckpointMissingError,
-    CheckpointCorruptError, BackendError.
+    written text alone, for `Score.log_ratio`. `direction`: as `megaback.load` takes it. Raises
+    ConfigError, CheckpointMissingError, CheckpointCorruptError, BackendError,
+    DirectionMismatchError.
     """
     if form not in list(Form):
         raise ConfigError(f"`form` is {form!r}; use {' or '.join(Form)}")
     folder = model_folder(folder)
-    description = read_description(folder)
-    text_format = description.text_format
-    codec = TextCodec.load(tokenizer_of(folder), text_format.direction, text_format.unit)
+    description = read_description(folder, direction_of(direction))
+    codec = TextCodec.load_as(tokenizer_of(folder), description.text_format)
     encoder = PairEncoder(codec, Form(form), description.context_tokens)
     devices = choose_devices(device)
     pool = DevicePool(folder, devices, choose_dtype(dtype, devices[0]))

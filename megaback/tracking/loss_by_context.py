@@ -5,11 +5,13 @@ Buckets end at powers of two: 1, 2, 3-4, 5-8, and so on.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from data_pipeline.text.codec import Direction
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,27 @@ class ContextLoss:
 
     whole: Loss
     by_context: dict[str, Loss]
+    by_direction: dict[str, Loss] = field(default_factory=dict)
+    """The loss of each direction of a model of both."""
 
     @classmethod
-    def of_sums(cls, sums_3B: npt.NDArray[np.float64]) -> "ContextLoss":
-        """From nats, targets and bytes of text of each bucket: shape (3, buckets)."""
+    def of_sums(cls, sums_D3B: npt.NDArray[np.float64]) -> "ContextLoss":
+        """From nats, targets and bytes of text of each bucket: shape (directions, 3, buckets).
+
+        Of a model of both directions, the first is backward.
+        """
+        sums_3B = sums_D3B.sum(axis=0)
+        of_directions_D3 = sums_D3B.sum(axis=2).tolist() if len(sums_D3B) > 1 else []
         return cls(
             Loss.of_sums(*sums_3B.sum(axis=1).tolist()),
             {
                 bucket_name(number): Loss.of_sums(*sums.tolist())
                 for number, sums in enumerate(sums_3B.T)
                 if sums[1]
+            },
+            {
+                direction.value: Loss.of_sums(*sums)
+                for direction, sums in zip(Direction, of_directions_D3, strict=False)
             },
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 from data_pipeline.common.checked_json import parse_json
 from data_pipeline.common.regular_files import UNFIT
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
+from data_pipeline.text.codec import Direction
 from megaback.faults.run_records import Fields, lines_of
 from megaback.run_folder import METRICS_NAME
 
@@ -48,6 +49,8 @@ _FIELDS = Fields(
     | {"value", "low", "high", "chance"},
     texts=frozenset(("skipped",)),
 )
+_TABLES = ("val_by_context", "val_by_direction", "by_direction")
+"""Fields whose values are tables of parts of the line's targets."""
 _MAX_LINES = 2_000_000
 """The shortest lines take 1 GB of memory at this number."""
 MIN_DATA_WAIT_SHARE = 0.01
@@ -94,13 +97,13 @@ def parsed_line(text: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(line, dict) or type(line.get("step")) is not int or "left_out" in line:
         return {}  # earlier versions wrote `left_out` instead of `excluded`
-    by_context, suites = line.get("val_by_context", {}), line.get("suites", {})
-    if not all(isinstance(one, dict) for one in (by_context, suites)):
+    tables, suites = [line.get(name, {}) for name in _TABLES], line.get("suites", {})
+    if not all(isinstance(one, dict) for one in (*tables, suites)):
         return {}
     if not all(isinstance(one, dict) for one in suites.values()):
         return {}
     metrics = [metric for suite in suites.values() for metric in suite.values()]
-    parts = [line, *by_context.values(), *metrics]
+    parts = [line, *(part for table in tables for part in table.values()), *metrics]
     are_known = all(isinstance(part, dict) and _FIELDS.problem(part) is None for part in parts)
     return line if are_known else {}
 
@@ -134,5 +137,21 @@ class StepRecord:
     """Number of rows of unreadable frames."""
     skipped: str | None = None
     """Reason why the step was skipped, if it was."""
+    by_direction: dict[str, dict[str, float | None]] | None = None
+    """Loss and targets of each direction, of a model of both."""
     rank_times: RankTimes | None = None
     """Slowest rank, if `logging.rank_times` asks for it."""
+
+
+def by_direction(
+    nats: float, targets: int, forward_nats: float, forward_targets: int
+) -> dict[str, dict[str, float | None]]:
+    """Loss and targets of each direction of a step, from those of all rows and of forward ones."""
+    parts = {
+        Direction.BACKWARD: (nats - forward_nats, targets - forward_targets),
+        Direction.FORWARD: (forward_nats, forward_targets),
+    }
+    return {
+        direction.value: {"loss": sum_nats / count if count else None, "targets": count}
+        for direction, (sum_nats, count) in parts.items()
+    }

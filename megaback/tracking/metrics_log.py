@@ -24,7 +24,7 @@ from megaback.config import Config
 from megaback.faults.exit_record import record_event
 from megaback.faults.start_fence import NO_FENCE, Fence
 from megaback.run_folder import METRICS_NAME
-from megaback.tracking.loss_by_context import ContextLoss
+from megaback.tracking.loss_by_context import ContextLoss, Loss
 from megaback.tracking.metrics import MIN_DATA_WAIT_SHARE, StepRecord, read_metrics
 from megaback.tracking.samples_log import SamplesLog
 from megaback.tracking.tracker import BEFORE_ALL_STEPS
@@ -95,6 +95,10 @@ class MetricsLog:
             del line["skipped_rows"]
         if record.skipped is None:
             del line["skipped"]
+        if record.by_direction is None:
+            del line["by_direction"]
+        else:
+            line["by_direction"] = _json_numbers(record.by_direction)
         line |= line.pop("rank_times") or {}
         line["tokens_seen"] = step * self._step_tokens
         line["tokens_per_s"] = self._step_tokens / record.step_s
@@ -117,7 +121,7 @@ class MetricsLog:
 
     def validation(self, step: int, measured: ContextLoss, sample_s: float | None = None) -> None:
         """Record a validation, of which writing samples took `sample_s`."""
-        whole = measured.whole
+        whole, directions = measured.whole, measured.by_direction
         timing = {} if sample_s is None else {"sample_s": sample_s}
         self._write(
             {
@@ -125,19 +129,14 @@ class MetricsLog:
                 "val_loss": _json_number(whole.nats_per_token),
                 "val_bits_per_byte": _json_number(whole.bits_per_byte),
                 "val_targets": whole.num_targets,
-                "val_by_context": {
-                    name: {
-                        "loss": _json_number(one.nats_per_token),
-                        "bits_per_byte": _json_number(one.bits_per_byte),
-                        "targets": one.num_targets,
-                    }
-                    for name, one in measured.by_context.items()
-                },
+                "val_by_context": _table(measured.by_context),
             }
+            | ({"val_by_direction": _table(directions)} if directions else {})
             | timing
         )
         self.message(
-            f"step {step}/{self._total_steps}  val loss {whole.nats_per_token:.4f} nats/token, "
+            f"step {step}/{self._total_steps}  val loss {whole.nats_per_token:.4f} nats/token"
+            f"{_apart({name: one.nats_per_token for name, one in directions.items()})}, "
             f"{whole.bits_per_byte or 0:.4f} bits/byte over {whole.num_targets:,} tokens"
         )
 
@@ -193,7 +192,8 @@ class MetricsLog:
             pace += f" ({line['tokens_per_s_per_device']:,.0f} per device)"
         parts = [
             f"{record.step}/{self._total_steps}",
-            f"loss {record.loss:.4f}",
+            f"loss {record.loss:.4f}"
+            + _apart({name: one["loss"] for name, one in (record.by_direction or {}).items()}),
             f"{duration(left_s)} left",
             pace,
             f"lr {record.learning_rate:.2e}",
@@ -226,6 +226,27 @@ def _with_interval(metric: Mapping[str, float | None]) -> str:
     low, high = metric["low"], metric["high"]
     between = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
     return f"{metric['value']:.3f}{between}"
+
+
+def _table(parts: Mapping[str, Loss]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "loss": _json_number(one.nats_per_token),
+            "bits_per_byte": _json_number(one.bits_per_byte),
+            "targets": one.num_targets,
+        }
+        for name, one in parts.items()
+    }
+
+
+def _apart(losses: Mapping[str, float | None]) -> str:
+    """Losses of each direction on the console, after the whole one; empty for one direction."""
+    shown = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
+    return f" ({', '.join(shown)})" if shown else ""
+
+
+def _json_numbers(table: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {k: _json_number(v) for k, v in part.items()} for name, part in table.items()}
 
 
 def _json_number(value: Any) -> Any:

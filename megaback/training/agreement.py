@@ -27,6 +27,8 @@ class Agreement:
     """Values over all ranks that are known before a step is taken."""
 
     num_targets: int
+    num_forward_targets: int
+    """Targets of rows that a model of both directions reads forward."""
     skipped_rows: int
     must_stop: bool
     is_writing: bool
@@ -65,17 +67,25 @@ class StepAhead:
         wait_s, self._wait_s = self._wait_s, 0.0
         return wait_s
 
-    def begin(self, log_error: MegabackError | None, nats: Tensor | None = None) -> None:
+    def begin(
+        self,
+        log_error: MegabackError | None,
+        nats: Tensor | None = None,
+        forward_nats: Tensor | None = None,
+    ) -> None:
         """Start the sum. Collective, and returns at once.
 
         `log_error`: an error of the metrics, which ends all ranks before the next step, as one of
-        the rows does. `nats`: sum of the losses of this step's targets on this rank.
+        the rows does. `nats`: sum of the losses of this step's targets on this rank;
+        `forward_nats`: of those in rows that a model of both directions reads forward.
         """
         self._error = log_error or self._error
         values = torch.tensor(
             [
                 0.0,
+                0.0,
                 sum(batch.num_targets for batch in self._micro_batches),
+                sum(batch.num_forward_targets for batch in self._micro_batches),
                 sum(batch.num_skipped_rows for batch in self._micro_batches),
                 self._stop.reason is not None,
                 self._checkpoints.is_writing,
@@ -87,6 +97,8 @@ class StepAhead:
         sums = sent(values, self._world.device)
         if nats is not None:
             sums[0] += nats  # on the device: the host does not wait for it
+        if forward_nats is not None:
+            sums[1] += forward_nats
         group = self._run.engine.seq_data_parallel_group
         self._sums = Reduction(sums, dist.ReduceOp.SUM, group)
 
@@ -99,16 +111,22 @@ class StepAhead:
         """Sum of the losses of the step's targets over all ranks, once it has arrived."""
         return self._arrived()[0]
 
+    def forward_nats(self) -> float:
+        """The part of `nats` of rows that a model of both directions reads forward."""
+        return self._arrived()[1]
+
     def take(self) -> tuple[list[Batch], Agreement]:
         """This rank's micro-batches of the next step, and the values over all ranks.
 
         If a rank cannot read its rows or write its metrics, all ranks exit with its error.
         """
-        _, targets, skipped_rows, num_stops, num_writing, num_copying, num_errors = self._arrived()
+        _, _, targets, forward_targets, skipped_rows, *flags = self._arrived()
+        num_stops, num_writing, num_copying, num_errors = flags
         if num_errors:
             self._world.stop_if_any(self._error)
         return self._micro_batches, Agreement(
             num_targets=int(targets),
+            num_forward_targets=int(forward_targets),
             skipped_rows=int(skipped_rows),
             must_stop=num_stops > 0,
             is_writing=num_writing > 0,

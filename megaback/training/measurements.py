@@ -48,6 +48,7 @@ class Measurements:
                 run.data.codec.piece_num_bytes(),
                 world,
                 lambda: run.watchdog.set_phase("validating", done),
+                is_both=run.data.text_format.both,
                 is_compiled=run.compiler is not None,
             )
         texts = self._write_samples(done)

@@ -81,7 +81,7 @@ def batch_arithmetic(run: Run, world: World) -> str:
     epochs = data.total_steps * config.batch.global_batch_rows / data.rows_per_epoch
     return (
         f"{run.num_parameters:,} parameters, vocabulary {data.codec.vocab_size:,}, writing "
-        f"{data.text_format.direction.value} by {data.text_format.unit.value}; attention "
+        f"{data.text_format.directions.value} by {data.text_format.unit.value}; attention "
         f"{run.attention}, {config.training.precision}{compiled}, ZeRO stage {config.zero.stage}, "
         f"{world.device.type}\n"
         f"step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "

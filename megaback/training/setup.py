@@ -83,6 +83,7 @@ _FIXED_KEYS = (
     "batch.global_batch_rows",
     "data.lanes",
     "data.window_frames",
+    "data.forward_share",
     "training.seed",
     "training.precision",
     "optimizer.name",

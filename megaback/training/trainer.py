@@ -13,8 +13,10 @@ from time import monotonic
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from data_pipeline.errors import MegabackError, PreemptedError, UserInterruptError
+from data_pipeline.loading.directions import Flags
 from data_pipeline.loading.rows import Batch
 from megaback.checkpoints.pipeline import CheckpointPipeline
 from megaback.distributed.device_limits import peak_memory_bytes
@@ -24,9 +26,10 @@ from megaback.distributed.world import CollectiveExit, Reduction, World, attempt
 from megaback.faults.run_lock import release_lock
 from megaback.faults.step_guard import StepGuard, guarded_steps
 from megaback.faults.stop_request import StopRequest
+from megaback.model.sending import sent
 from megaback.optim.lr_schedule import rate_factor_at
 from megaback.run_folder import METRICS_NAME
-from megaback.tracking.metrics import RankTimes, StepRecord, read_metrics
+from megaback.tracking.metrics import RankTimes, StepRecord, by_direction, read_metrics
 from megaback.tracking.metrics_log import MetricsLog
 from megaback.training.agreement import Agreement, StepAhead
 from megaback.training.device_batches import DeviceBatches
@@ -208,12 +211,26 @@ class Trainer:
             memory_peak_bytes=int(peak_bytes),
             skipped_rows=agreed.skipped_rows,
             skipped=skipped,
+            by_direction=self._by_direction(micro_batches, agreed),
             rank_times=None if is_first or not forward else _rank_times(*forward),
         )
         self._record(lambda log: log.train(record))
         if run.compiler is not None and step >= run.start_step + _COMPILING_STEPS:
             run.compiler.report_growth(num_graphs, f"step {step + 1:,}")
         self._guard.record(step + 1, record.loss, gradient_norm, skipped)
+
+    def _by_direction(
+        self, micro_batches: list[Batch], agreed: Agreement
+    ) -> dict[str, dict[str, float | None]] | None:
+        """Loss and targets of each direction, of a model of both."""
+        if micro_batches[0].is_forward_N is None:
+            return None
+        return by_direction(
+            self._ahead.nats(),
+            agreed.num_targets,
+            self._ahead.forward_nats(),
+            agreed.num_forward_targets,
+        )
 
     def _begin_maxima(self, is_first: bool) -> Reduction:
         """Start to find the longest wait for rows, in seconds, and the peak memory, in bytes.
@@ -239,15 +256,20 @@ class Trainer:
         # targets of the step, which are unevenly distributed.
         share = world.size * run.data.accumulation_steps / max(num_targets, 1)
         nats = torch.zeros((), dtype=torch.float64, device=world.device)
+        forward_nats: Tensor | None = None
         with reducing_gradients(run.engine):
             for batch, arguments in self._batches.take(micro_batches, self._ahead.micro_batches):
                 run.watchdog.set_phase("computing gradients", step + 1)
                 with self._forward_time.forward() if self._forward_time else nullcontext():
-                    loss = run.engine(*arguments).sum()
+                    nats_T = run.engine(*arguments)
+                    loss = nats_T.sum()
                 nats += loss.detach()  # on the device, without a synchronization before the end
+                if batch.is_forward_N is not None:
+                    part = _forward_nats(nats_T.detach(), batch.is_forward_N)
+                    forward_nats = part if forward_nats is None else forward_nats + part
                 is_last = batch is micro_batches[-1]
                 if is_last:
-                    self._ahead.begin(self._log_error, nats)
+                    self._ahead.begin(self._log_error, nats, forward_nats)
                 run.engine.backward(loss * share)
                 if not is_last:
                     count_micro_batch(run.engine)
@@ -290,6 +312,13 @@ class Trainer:
         if self._log is not None:
             _, error = attempt(write, self._log)
             self._log_error = self._log_error or error
+
+
+def _forward_nats(nats_T: Tensor, is_forward_N: Flags) -> Tensor:
+    """Sum of the losses in rows that are read forward, on their device."""
+    is_forward = sent(torch.from_numpy(is_forward_N), nats_T.device)
+    nats_N = nats_T.view(len(is_forward), -1).sum(dim=1, dtype=torch.float64)
+    return torch.where(is_forward, nats_N, 0.0).sum()
 
 
 def _rank_times(slowest: float, negated_fastest_s: float) -> RankTimes:

@@ -85,23 +85,31 @@ def evaluate(
     world: World,
     on_batch: Callable[[], None],
     *,
+    is_both: bool = False,
     is_compiled: bool = False,
 ) -> ContextLoss:
     """Loss on a val set that is distributed over all ranks, with the same result on every rank.
 
+    `is_both`: the batches are of a model of both directions, whose losses are also given apart.
     `context_tokens`: length of a row. `on_batch` is called before each batch. `is_compiled`: the
     model is compiled for training; this runs it uncompiled, as compiling again takes minutes.
     """
     engine.eval()
-    sums_3B = np.zeros((3, num_buckets(context_tokens)))
+    sums_D3B = np.zeros((2 if is_both else 1, 3, num_buckets(context_tokens)))
 
     def add(batch: Batch, nats: Arriving) -> None:
         nats_T = nats.result().double().numpy()
         is_target_T = batch.targets_T != IGNORED_TARGET
-        bucket_N = bucket_of(batch.positions_T[is_target_T] + 1)
-        bytes_N = piece_num_bytes[batch.targets_T[is_target_T]]
-        for sums_B, of_each_N in zip(sums_3B, (nats_T[is_target_T], None, bytes_N), strict=True):
-            sums_B += np.bincount(bucket_N, of_each_N, len(sums_B))
+        context_T = batch.positions_T + 1
+        is_forward_T = np.zeros_like(is_target_T)
+        if batch.is_forward_N is not None:
+            is_forward_T = batch.is_forward_N.repeat(context_tokens)
+        for sums_3B, in_direction_T in zip(sums_D3B, (~is_forward_T, is_forward_T), strict=False):
+            chosen_T = is_target_T & in_direction_T
+            bucket_N = bucket_of(context_T[chosen_T])
+            bytes_N = piece_num_bytes[batch.targets_T[chosen_T]]
+            for sums_B, of_each_N in zip(sums_3B, (nats_T[chosen_T], None, bytes_N), strict=True):
+                sums_B += np.bincount(bucket_N, of_each_N, len(sums_B))
 
     sending = DeviceBatches(
         world.device, partial(to_device, device=world.device, context_tokens=context_tokens)
@@ -119,4 +127,4 @@ def evaluate(
     if before is not None:
         add(*before)
     engine.train()
-    return ContextLoss.of_sums(np.array(world.sum(*sums_3B.ravel())).reshape(sums_3B.shape))
+    return ContextLoss.of_sums(np.array(world.sum(*sums_D3B.ravel())).reshape(sums_D3B.shape))

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -176,12 +176,21 @@ def is_ours(folder: Path) -> bool:
     return fields is not None and fields.get("format") == _FORMAT_NAME
 
 
-def read_description(folder: Path) -> ModelDescription:
-    """Description of a model folder.
+def read_description(folder: Path, direction: Direction | None = None) -> ModelDescription:
+    """Description of a model folder, for use in one direction: by default backward, if the model
+    has both.
 
-    Raises CheckpointMissingError, CheckpointCorruptError, and RunMismatchError for an unsupported
-    model.
+    Raises CheckpointMissingError, CheckpointCorruptError, RunMismatchError for an unsupported
+    model, and DirectionMismatchError for one that lacks the direction.
     """
+    description = _read_description(folder)
+    if direction is None:
+        return description
+    text_format = description.text_format.using(direction, f"the model {folder}")
+    return replace(description, text_format=text_format)
+
+
+def _read_description(folder: Path) -> ModelDescription:
     path = folder / MODEL_CONFIG_NAME
     fields = _our_fields(folder)
     if fields is None:
@@ -291,13 +300,19 @@ def _files_in_config(
 
 
 def load_model_folder(
-    folder: Path, device: torch.device, dtype: torch.dtype = torch.float32
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    direction: Direction | None = None,
 ) -> tuple[ReverseGPT, ModelDescription, TextCodec]:
-    """Load a model, its description and its text codec."""
-    description = read_description(folder)
+    """Load a model, its description and its text codec.
+
+    `direction`: as `read_description` takes it.
+    """
+    description = read_description(folder, direction)
     text_format = description.text_format
     tokenizer = tokenizer_of(folder)
-    codec = TextCodec.load(tokenizer, text_format.direction, text_format.unit)
+    codec = TextCodec.load_as(tokenizer, text_format)
     text_format.require_same(codec.format, f"the model {folder}", str(tokenizer))
     if codec.vocab_size != description.vocab_size:
         raise RunMismatchError(

@@ -25,6 +25,9 @@ class Codec:
     end_id = END_ID
     vocab_size = VOCAB_SIZE
 
+    def newest(self, ids: list[int], num_tokens: int) -> list[int]:
+        return ids[max(len(ids) - num_tokens, 0) :]
+
     def writable_ids(self, end_id: int) -> np.ndarray:
         assert end_id == END_ID
         return WRITABLE

@@ -42,6 +42,8 @@ class Reading:
     window_frames: int = 2
     seed: int = 1
     direction: Direction = Direction.BACKWARD
+    forward_share: float | None = None
+    """Share of the rows that a model of both directions reads forward."""
 
     def stream(self, number: int, store: FrameStore) -> Stream:
         manifest = store.manifest
@@ -54,7 +56,9 @@ class Reading:
             seed=self.seed,
             window_frames=self.window_frames,
         )
-        return Stream(RowReader(store, self.context_tokens, self.direction), table, order)
+        both = self.forward_share is not None
+        rows = RowReader(store, self.context_tokens, self.direction, both=both)
+        return Stream(rows, table, order, self.forward_share)
 
 
 @dataclass
@@ -111,7 +115,7 @@ Joined = dict[str, list[int]]
 def joined(batches: Iterable[Batch]) -> Joined:
     """Batches joined into one, which is equal for the same rows, however they are dealt."""
     found: Joined = {name: [] for name in ("ids", "targets", "positions", "starts")}
-    found["counts"] = [0, 0]
+    found["counts"], found["forward"] = [0, 0, 0], []
     for batch in batches:
         found["starts"] += (batch.cu_seqlens[:-1] + len(found["ids"])).tolist()
         found["ids"] += batch.ids_T.tolist()
@@ -119,6 +123,8 @@ def joined(batches: Iterable[Batch]) -> Joined:
         found["positions"] += batch.positions_T.tolist()
         found["counts"][0] += batch.num_targets
         found["counts"][1] += batch.num_skipped_rows
+        found["counts"][2] += batch.num_forward_targets
+        found["forward"] += [] if batch.is_forward_N is None else batch.is_forward_N.tolist()
     return found
 
 
@@ -143,6 +149,7 @@ def readings(draw: st.DrawFn, num_data_sets: int) -> Reading:
         window_frames=draw(st.integers(1, 4)),
         seed=draw(st.integers(0, 2**63)),
         direction=draw(st.sampled_from(list(Direction))),
+        forward_share=draw(st.sampled_from([None, 0.5, 0.3])),
     )
 
 

@@ -23,7 +23,7 @@ FLOORS = [
     ["megaback.errors", "megaback.installation", "megaback.environment", "megaback.yaml_text"],
     ["megaback.run_folder"],
     ["megaback.config_messages", "megaback.config_section", "megaback.use_commands"],
-    ["megaback.config_validation"],
+    ["megaback.config_data", "megaback.config_validation"],
     ["megaback.config"],
     ["megaback.shown_config"],
     ["megaback.model", "megaback.planning"],

@@ -138,9 +138,9 @@ class TrainedPair:
             find_checkpoint(run.folder) for run in (forward, backward)
         )
         for run, target, found in ((forward, first, meta), (backward, second, other)):
-            if found.format.direction is not run.direction:
+            if found.format.directions.value != run.direction.value:
                 raise DirectionMismatchError(
-                    f"{target} writes {found.format.direction.value}, but must write "
+                    f"{target} writes {found.format.directions.value}, but must write "
                     f"{run.direction.value}; use a run folder of its own for megaback arrow"
                 )
         try:

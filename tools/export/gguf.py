@@ -7,6 +7,7 @@ chat template and card explain (gguf_card.py).
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torc
     _, digest = size_and_hash(path)
     write_sums(folder, {GGUF_NAME: digest})
     text_format = source.description.text_format
-    codec = TextCodec(source.tokenizer, text_format.direction, text_format.unit)
+    codec = TextCodec.of(source.tokenizer, text_format)
     write_text(folder / "README.md", gguf_card(source.description, codec, name))
 
 
@@ -126,7 +127,8 @@ def _add_metadata(writer: Any, name: str, source: WeightSource, dtype: torch.dty
     writer.add_name(name)
     writer.add_description(gguf_description(text_format))
     writer.add_chat_template(chat_template(text_format))
-    for key, value in text_format.to_dict().items():
+    in_use = replace(text_format, both=False)  # a file has the markers of one direction
+    for key, value in in_use.to_dict().items():
         writer.add_string(f"megaback.{key}", value)
     writer.add_context_length(description.context_tokens)
     writer.add_embedding_length(shape.width)
@@ -148,12 +150,10 @@ def _add_metadata(writer: Any, name: str, source: WeightSource, dtype: torch.dty
     writer.add_token_list([piece for piece, _, _ in pieces])
     writer.add_token_scores([score for _, score, _ in pieces])
     writer.add_token_types([kind for _, _, kind in pieces])
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_proto=source.tokenizer)
-    writer.add_bos_token_id(processor.bos_id())
-    writer.add_eos_token_id(processor.eos_id())
-    writer.add_eot_token_id(processor.piece_to_id("<|im_end|>"))
+    codec = TextCodec.of(source.tokenizer, text_format)
+    writer.add_bos_token_id(codec.begin_id)
+    writer.add_eos_token_id(codec.end_id)
+    writer.add_eot_token_id(codec.chat_ids["<|im_end|>"])
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)

@@ -30,7 +30,7 @@ def write_hf_folder(
     """Write everything, config.json last; `name` is what the card calls the model."""
     description = source.description
     text_format = description.text_format
-    codec = TextCodec(source.tokenizer, text_format.direction, text_format.unit)
+    codec = TextCodec.of(source.tokenizer, text_format)
     write_weights(folder, source.specs(dtype), source.read, max_file_bytes)
     with replacing(folder / HF_TOKENIZER_NAME) as file:
         file.write(source.tokenizer)

@@ -1,6 +1,6 @@
 """Model card (README.md) of a transformers export: runnable examples, and supported uses."""
 
-from data_pipeline.text.codec import Direction, TextCodec
+from data_pipeline.text.codec import Direction, TextCodec, TextFormat
 from megaback.weights.model_folder import ModelDescription
 
 COMMIT = "COMMIT"
@@ -20,6 +20,18 @@ def example_of(codec: TextCodec, context_tokens: int) -> tuple[str, int]:
         if 2 * given_tokens <= context_tokens:
             break
     return text, max(1, min(_MAX_NEW_TOKENS, context_tokens - given_tokens))
+
+
+def both_directions(text_format: TextFormat, kind: str) -> str:
+    """Paragraph of a card on the other direction of a model of both; empty for one of one."""
+    if not text_format.both:
+        return ""
+    (other,) = set(Direction) - {text_format.direction}
+    return (
+        f"A model of both directions, of which this folder has the markers of one. With the same\n"
+        f"weights, the run or full model that it was made from is exported in the other one by\n"
+        f"`megaback convert --to {kind} --direction {other.value}`.\n\n"
+    )
 
 
 def model_card(description: ModelDescription, codec: TextCodec, name: str) -> str:
@@ -71,6 +83,7 @@ If it was fine-tuned on instructions, `model.generate(**tokenizer.chat_prompt("{
 writes the {written_part}, and `tokenizer.written` of the ids is its text.
 
 {_BACKWARD_USES if is_backward else _FORWARD_USES}
+{both_directions(text_format, "hf")}\
 Direction: {text_format.direction.value}. Unit: {text_format.unit.value}. Context:
 {description.context_tokens} tokens. Vocabulary: {description.vocab_size}. Trained for
 {description.step} steps{val_loss}. Tokenizer's SHA-256: `{text_format.tokenizer_sha256}`.

@@ -74,7 +74,7 @@ class Generation:
 
 def prompt_of(codec: TextCodec, context: str, room_tokens: int) -> Prompt:
     """Ids of a context, at most `room_tokens`: those next to the new text. None is held back."""
-    ids = [codec.begin_id, *codec.encode(context).tolist()][-room_tokens:]
+    ids = codec.newest([codec.begin_id, *codec.encode(context).tolist()], room_tokens)
     return Prompt(ids, codec.writable_ids(codec.end_id), codec.end_id)
 
 

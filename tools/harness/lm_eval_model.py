@@ -16,7 +16,7 @@ from lm_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from data_pipeline.errors import ConfigError, DirectionMismatchError
-from data_pipeline.text.codec import TextCodec
+from data_pipeline.text.codec import TextCodec, direction_of
 from megaback.inference.decoder import Decoder
 from megaback.inference.device_pool import DevicePool, choose_devices
 from megaback.inference.likelihood import Continuation
@@ -54,6 +54,7 @@ class MegabackLM(LM):  # type: ignore[misc]
         model: str | None = None,
         device: str | None = None,
         dtype: str = "auto",
+        direction: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
     ) -> None:
@@ -62,6 +63,7 @@ class MegabackLM(LM):  # type: ignore[misc]
         let a backward model answer generation tasks with the text before the context. `base_url`:
         compute on a `megaback serve` that has the model, by its name `model`. `device` and `dtype`:
         as `megaback.load_scorer` takes them; in `--model_args`, `device=all` is its default.
+        `direction`: of a model of both, `backward` (the default) or `forward`.
         Batches are made by length, so `batch_size` and `max_batch_size` have no effect.
 
         Raises ConfigError, ServeError, and the errors of `megaback.load_scorer`.
@@ -69,9 +71,9 @@ class MegabackLM(LM):  # type: ignore[misc]
         super().__init__()
         del batch_size, max_batch_size
         self._folder = model_folder(Path(pretrained))
-        self._description = read_description(self._folder)
+        self._description = read_description(self._folder, direction_of(direction))
         form = self._description.text_format
-        self._codec = TextCodec.load(tokenizer_of(self._folder), form.direction, form.unit)
+        self._codec = TextCodec.load_as(tokenizer_of(self._folder), form)
         self.scoring = require_scoring(scoring, form.direction)
         if generates not in (None, _BEFORE):
             raise ConfigError(f"`generates` is {generates!r}; use {_BEFORE}, or omit it")

@@ -1,7 +1,7 @@
 """Served models by name."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +68,7 @@ class ServedModel:
                 "send ids of its own tokenizer, or text"
             )
         is_cut = is_cut and len(asked) > self.decoder.context_tokens
-        ids = asked[-(self.decoder.context_tokens // 2) :] if is_cut else asked
+        ids = self.codec.newest(asked, self.decoder.context_tokens // 2) if is_cut else asked
         prompt = Prompt(ids, self.codec.writable_ids(self.codec.end_id), self.codec.end_id)
         self.batch.check(prompt)
         return Given(self.codec.render(asked), prompt, len(ids), asked)
@@ -85,7 +85,8 @@ class ServedModel:
         self.require_bytes(given)
         prompt = self.codec.prompt(given)
         if is_cut and len(prompt.ids) > self.decoder.context_tokens:
-            prompt = replace(prompt, ids=prompt.ids[-(self.decoder.context_tokens // 2) :])
+            newest = self.codec.newest(prompt.ids, self.decoder.context_tokens // 2)
+            prompt = replace(prompt, ids=newest)
         self.batch.check(prompt)
         return prompt
 
@@ -142,14 +143,16 @@ def load_models(
 ) -> dict[str, ServedModel]:
     """The model of a folder and, if given, a forward one, named after their folders.
 
-    Raises DirectionMismatchError when the second one does not write forward, and the errors of
-    loading a model.
+    One of both directions is served as two, with the same weights. Raises DirectionMismatchError
+    when the second one does not write forward, and the errors of loading a model.
     """
-    models: dict[str, ServedModel] = {}
-    for path in [folder, *_given(forward)]:
-        decoder, description, codec = load_decoder(
-            path, device, dtype, usual_rows=num_slots, cuda_graphs=cuda_graphs
-        )
+
+    def load(path: Path) -> tuple[Decoder, ModelDescription, TextCodec]:
+        return load_decoder(path, device, dtype, usual_rows=num_slots, cuda_graphs=cuda_graphs)
+
+    def serve(
+        path: Path, decoder: Decoder, description: ModelDescription, codec: TextCodec
+    ) -> None:
         name = shown_name(path)
         if name in models:
             name = f"{name}-forward"
@@ -164,11 +167,23 @@ def load_models(
             batch=batch,
             loaded_s=int(time.time()),
         )
-        if path == forward and models[name].writes_backward:
-            raise DirectionMismatchError(
-                f"--forward needs a model that writes forward, and {path} writes backward; "
-                "name another folder"
-            )
+
+    models: dict[str, ServedModel] = {}
+    decoder, description, codec = load(folder)
+    serve(folder, decoder, description, codec)
+    if forward is not None and forward != folder:
+        folder = forward
+        decoder, description, codec = load(folder)
+    if description.text_format.both:
+        codec = TextCodec.of(codec.model_bytes, replace(codec.format, direction=Direction.FORWARD))
+    elif forward is None:
+        return models
+    if codec.format.direction is Direction.BACKWARD:
+        raise DirectionMismatchError(
+            f"--forward needs a model that writes forward, and {folder} writes backward; "
+            "name another folder"
+        )
+    serve(folder, decoder, replace(description, text_format=codec.format), codec)
     return models
 
 
@@ -180,8 +195,11 @@ def load_meeting(models: Mapping[str, ServedModel]) -> Infiller | None:
     if len(models) < 2:
         return None
     try:
-        backward, forward = map(_reader, models.values())
-        return Infiller(forward, backward)
+        backward, forward = models.values()
+        first = _reader(backward)
+        if forward.decoder is backward.decoder:  # a model of both directions
+            return Infiller(replace(first, codec=forward.codec), first)
+        return Infiller(_reader(forward), first)
     except (DirectionMismatchError, TokenizerMismatchError):
         return None
 
@@ -192,7 +210,3 @@ def _reader(served: ServedModel) -> Reader:
         model, *_ = load_model_folder(served.folder, decoder.device, decoder.dtype)
         decoder = Decoder(model, decoder.context_tokens, takes_over=False, cuda_graphs=False)
     return Reader(model, decoder, served.codec)
-
-
-def _given(path: Path | None) -> Sequence[Path]:
-    return [] if path is None else [path]

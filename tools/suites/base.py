@@ -13,6 +13,7 @@ from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.jsonl import read_records
 from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES
 from data_pipeline.text.chat_format import ChatFormat, Example
+from data_pipeline.text.codec import Direction
 from megaback.inference.chat import Candidate, candidates_of_each
 from megaback.inference.decoder import Decoder
 from megaback.inference.device_pool import DevicePool
@@ -79,14 +80,15 @@ class Evaluated:
         dtype: str = "auto",
         *,
         cuda_graphs: bool = True,
+        direction: Direction | None = None,
     ) -> None:
-        """`device`, `dtype` and `cuda_graphs`: as `megaback.load` takes them."""
+        """`device`, `dtype`, `cuda_graphs` and `direction`: as `megaback.load` takes them."""
         self._cuda_graphs = cuda_graphs
         self.folder = folder = model_folder(folder)
         self.device = choose_device(device)
         self._dtype = choose_dtype(dtype, self.device)
         self.model, self.description, self.codec = load_model_folder(
-            folder, self.device, self._dtype
+            folder, self.device, self._dtype, direction
         )
         self.form = ChatFormat(self.codec)
 

@@ -122,7 +122,8 @@ def bits_per_byte(evaluated: Evaluated, _: Evaluated | None, options: SuiteOptio
         raise ShardsMissingError(f"{data_set.name} has no val set; build it with --val-fraction")
     frames = FrameStore(data_set, "val")
     text_format = evaluated.description.text_format
-    rows = RowReader(frames, evaluated.description.context_tokens, text_format.direction)
+    context_tokens = evaluated.description.context_tokens
+    rows = RowReader(frames, context_tokens, text_format.direction, both=text_format.both)
     rows.text_format.require_same(
         text_format, f"the data set {data_set.name}", f"{evaluated.folder}"
     )

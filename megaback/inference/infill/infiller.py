@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data_pipeline.common.number_ranges import COUNT, COUNT_OR_ZERO, SHARE
-from data_pipeline.errors import ConfigError, PromptError
-from data_pipeline.text.codec import TextCodec
+from data_pipeline.errors import ConfigError, DirectionMismatchError, PromptError
+from data_pipeline.text.codec import Direction, TextCodec
 from megaback.inference.decoder import Decoder
 from megaback.inference.direction_pair import require_pair
 from megaback.inference.generate import sample_many
@@ -25,7 +25,7 @@ from megaback.inference.sampling import SamplingOptions
 from megaback.inference.steps import Steps, finish
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.converted import model_folder
-from megaback.weights.model_folder import load_model_folder
+from megaback.weights.model_folder import load_model_folder, read_description
 
 _ROWS_AT_ONCE = 64
 _ALLOWED = {
@@ -55,16 +55,22 @@ class Reader:
         dtype: str = "auto",
         *,
         cuda_graphs: bool = True,
+        direction: Direction | None = None,
     ) -> "Reader":
         """The model in a folder that `megaback convert` wrote, of a run or of a checkpoint."""
         on = choose_device(device)
         model, description, codec = load_model_folder(
-            model_folder(folder), on, choose_dtype(dtype, on)
+            model_folder(folder), on, choose_dtype(dtype, on), direction
         )
         decoder = Decoder(
             model, description.context_tokens, takes_over=False, cuda_graphs=cuda_graphs
         )
         return cls(model, decoder, codec)
+
+    def reading(self, direction: Direction) -> "Reader":
+        """This model of both directions in one of them."""
+        turned = replace(self.codec.format, direction=direction)
+        return replace(self, codec=TextCodec.of(self.codec.model_bytes, turned))
 
 
 @dataclass(frozen=True)
@@ -250,24 +256,37 @@ class Infiller:
 
 def load_infiller(
     forward: str | Path,
-    backward: str | Path,
+    backward: str | Path | None = None,
     *,
     device: str | None = None,
     dtype: str = "auto",
     cuda_graphs: bool = True,
 ) -> Infiller:
-    """Two models: folders that `megaback convert` wrote, runs or checkpoints.
+    """Two models: folders that `megaback convert` wrote, runs or checkpoints. One of both
+    directions gives both, and is named once.
 
     `device`, `dtype` and `cuda_graphs` are as `megaback.load` takes them.
 
     Raises CheckpointMissingError, CheckpointCorruptError, BackendError, TokenizerMismatchError,
     DirectionMismatchError.
     """
-    readers = [
-        Reader.load(Path(folder), device, dtype, cuda_graphs=cuda_graphs)
-        for folder in (forward, backward)
-    ]
-    return Infiller(*readers)
+
+    def load(folder: str | Path, direction: Direction) -> Reader:
+        return Reader.load(
+            Path(folder), device, dtype, cuda_graphs=cuda_graphs, direction=direction
+        )
+
+    if backward is not None and Path(backward) != Path(forward):
+        return Infiller(load(forward, Direction.FORWARD), load(backward, Direction.BACKWARD))
+    text_format = read_description(model_folder(forward)).text_format
+    if not text_format.both:
+        (other,) = set(Direction) - {text_format.direction}
+        raise DirectionMismatchError(
+            f"the model {forward} writes {text_format.direction.value} only, not {other.value}; "
+            "name a model of each direction, or one of both"
+        )
+    ahead = load(forward, Direction.FORWARD)
+    return Infiller(ahead, ahead.reading(Direction.BACKWARD))
 
 
 def different_halves(samples: Sequence[Sequence[int]]) -> list[Half]:

@@ -116,7 +116,9 @@ def test_an_epoch_of_all_ranks_has_every_row_of_every_data_set_once(
     threads: int, data: st.DataObject, epoch: int, world_size: int
 ) -> None:
     frames = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
-    reading = replace(data.draw(readings(len(frames))), direction=Direction.BACKWARD)
+    reading = replace(
+        data.draw(readings(len(frames))), direction=Direction.BACKWARD, forward_share=None
+    )
     with written(([whole_frames(num_frames, 4) for num_frames in frames], reading)) as corpus:
         expected = [Counter(np.concatenate(part.frames).tolist()) for part in corpus.data_sets]
         assert tokens_of_an_epoch(corpus, epoch, world_size, threads) == expected
@@ -182,7 +184,10 @@ def test_the_number_of_targets_is_that_of_those_not_ignored(
 ) -> None:
     with written(described) as corpus:
         for batch in corpus.training(micro_batch_rows=micro_batch_rows).at(step):
-            assert batch.num_targets == int((batch.targets_T != IGNORED_TARGET).sum())
+            is_target = (batch.targets_T != IGNORED_TARGET).reshape(micro_batch_rows, -1)
+            assert batch.num_targets == int(is_target.sum())
+            if batch.is_forward_N is not None:
+                assert batch.num_forward_targets == int(is_target[batch.is_forward_N].sum())
 
 
 @BRIEFLY
@@ -194,7 +199,7 @@ def test_a_batch_read_in_the_other_direction_has_mirrored_targets_row_by_row(
     shards, reading = described
     taught = {}
     for direction in Direction:
-        read_so = replace(reading, direction=direction)
+        read_so = replace(reading, direction=direction, forward_share=None)
         with written((shards, read_so)) as corpus:
             taught[direction] = pairs_of_rows(corpus.step(step, threads=threads), read_so)
     expected = [

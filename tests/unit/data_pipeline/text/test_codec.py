@@ -19,6 +19,7 @@ from data_pipeline.text.codec import (
     CHAT_PIECES,
     END_PIECE,
     Direction,
+    Directions,
     TextCodec,
     TextFormat,
     Unit,
@@ -346,3 +347,33 @@ def test_byte_spelled_characters_take_linear_time(codec: Codecs, reserved: str) 
     assert chosen.render(chosen.encode(few)) == few
     parts = [chosen.encode(part).tolist() for part in re.split(f"({reserved})", few)]
     assert chosen.encode(few).tolist() == [i for part in reversed(parts) for i in part]
+
+
+def test_the_first_id_of_a_model_of_both_directions_names_it(codec: Codecs) -> None:
+    single = codec()
+    backward, forward = (
+        TextCodec(single.model_bytes, direction, Unit.TOKEN, both=True) for direction in Direction
+    )
+
+    assert (backward.begin_id, backward.end_id) == (single.begin_id, single.end_id)
+    assert (forward.begin_id, forward.end_id) == (single.end_id, single.begin_id)
+    document = forward.encode_document("the old captain")
+    assert document.tolist() == backward.encode_document("the old captain")[::-1].tolist()
+    assert forward.prompt("the old captain").end_id == forward.end_id
+    assert forward.newest([7, 8, 9], 2) == [forward.begin_id, 9]
+    assert single.newest([7, 8, 9], 2) == [8, 9]
+    copy = pickle.loads(pickle.dumps(forward))
+    assert (copy.format, copy.begin_id) == (forward.format, forward.begin_id)
+
+
+def test_the_format_of_both_directions_is_used_in_either_and_differs_from_one() -> None:
+    both = TextFormat(Direction.BACKWARD, Unit.TOKEN, "5" * 64, both=True)
+
+    assert both.to_dict()["direction"] == "both"
+    assert TextFormat.from_dict(both.to_dict()) == both
+    forward = both.using(Direction.FORWARD, "a")
+    assert (forward.direction, forward.directions) == (Direction.FORWARD, Directions.BOTH)
+    with pytest.raises(DirectionMismatchError, match="'both' and b has direction 'backward'"):
+        both.require_same(replace(both, both=False), "a", "b")
+    with pytest.raises(DirectionMismatchError, match="a writes backward only, not forward"):
+        replace(both, both=False).using(Direction.FORWARD, "a")

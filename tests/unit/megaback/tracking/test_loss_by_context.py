@@ -38,10 +38,24 @@ def test_buckets_cover_the_whole_context(exponent: int) -> None:
 def test_the_whole_is_the_mean_over_targets_not_over_buckets() -> None:
     sums_3B = np.array([[6.0, 10.0, 0.0], [1.0, 4.0, 0.0], [0.0, 8.0, 0.0]])
 
-    measured = ContextLoss.of_sums(sums_3B)
+    measured = ContextLoss.of_sums(sums_3B[None])
 
     assert measured.whole.nats_per_token == pytest.approx(16 / 5)
     assert measured.whole.bits_per_byte == pytest.approx(16 / math.log(2) / 8)
     assert list(measured.by_context) == ["1", "2"]
     assert measured.by_context["1"].bits_per_byte is None
     assert measured.by_context["2"].nats_per_token == pytest.approx(2.5)
+    assert measured.by_direction == {}
+
+
+def test_the_losses_of_two_directions_are_apart_and_the_whole_is_of_both() -> None:
+    sums_D3B = np.array(
+        [[[6.0, 0.0], [2.0, 0.0], [4.0, 0.0]], [[1.0, 4.0], [1.0, 1.0], [8.0, 0.0]]]
+    )
+
+    measured = ContextLoss.of_sums(sums_D3B)
+
+    losses = {name: loss.nats_per_token for name, loss in measured.by_direction.items()}
+    assert losses == {"backward": 3.0, "forward": 2.5}
+    assert measured.whole.nats_per_token == pytest.approx(11 / 4)
+    assert measured.by_context["1"].nats_per_token == pytest.approx(7 / 3)

@@ -63,9 +63,9 @@ def test_a_step_waits_for_no_message_before_its_update(
     # The first step's maxima are found after its gradients. Each step has two backward passes.
     of_steps = [one for one in started if one[0] != "start"][:8]
     assert of_steps == [
-        ("forward", True, 7),
+        ("forward", True, 9),
         ("backward", True, num_maxima),
-        *[("backward", True, num_maxima), ("forward", True, 7)] * 3,
+        *[("backward", True, num_maxima), ("forward", True, 9)] * 3,
     ]
 
 

@@ -11,11 +11,12 @@ import torch
 from data_pipeline.errors import PreemptedError, UserInterruptError
 from megaback.checkpoints.checkpoint import find_checkpoint
 from megaback.config import Config
-from megaback.distributed.world import World
+from megaback.distributed.world import CollectiveExit, World
 from megaback.faults.step_guard import write_skipped_steps
 from megaback.faults.stop_request import StopRequest
 from megaback.run_folder import complete_checkpoints
 from megaback.tracking.metrics import read_metrics
+from megaback.tracking.samples_log import read_samples
 from tests.helpers.training import at_forward, signal_itself, train, trainer_of
 
 Configs = Callable[..., Config]
@@ -165,3 +166,69 @@ def test_a_run_whose_val_loss_no_longer_falls_stops_early(
 
     val_losses, last = lines_of(config, "val_loss"), max(lines_of(config, "loss"))
     assert last == min(val_losses, key=val_losses.__getitem__) + 2 < 20
+
+
+def both_directions(config_of: Configs, name: str, **validation: object) -> Config:
+    return config_of(
+        name,
+        data={**config_of("usual").data.model_dump(mode="json"), "direction": "both"},
+        validation={"every_steps": 2, **validation},
+    )
+
+
+def test_a_model_of_both_directions_has_their_losses_apart_also_after_a_resume(
+    config_of: Configs, training_world: World
+) -> None:
+    whole = both_directions(config_of, "whole")
+    config = both_directions(config_of, "run")
+    train(whole, training_world)
+    with trainer_of(config, training_world) as (trainer, run):
+        at_forward(run, 2 * 2 + 1, signal_itself(signal.SIGTERM))
+        with pytest.raises(PreemptedError):
+            trainer.train()
+    train(config, training_world)
+
+    assert find_checkpoint(config.run)[1].text_format["direction"] == "both"
+    losses, targets = lines_of(whole, "loss"), lines_of(whole, "targets")
+    for step, parts in lines_of(whole, "by_direction").items():
+        assert sum(part["targets"] for part in parts.values()) == targets[step]
+        nats = sum(part["loss"] * part["targets"] for part in parts.values())
+        assert nats / targets[step] == pytest.approx(losses[step])
+    for line in read_metrics(whole.run):
+        if "val_loss" in line:
+            mean = sum(part["loss"] for part in line["val_by_direction"].values()) / 2
+            assert line["val_loss"] == pytest.approx(mean, rel=1e-3)
+    for field in ("loss", "by_direction", "val_by_direction"):
+        assert lines_of(config, field) == lines_of(whole, field)
+
+
+@pytest.mark.parametrize(
+    ("direction", "is_read"), [(None, "an ending"), ("forward", "a beginning")]
+)
+def test_samples_of_a_model_of_both_are_in_the_asked_direction(
+    config_of: Configs, training_world: World, direction: str | None, is_read: str
+) -> None:
+    config = both_directions(
+        config_of, "run", samples=["the"], sample_tokens=3, direction=direction
+    )
+    train(config, training_world)
+
+    texts = [sample["text"] for sample in read_samples(config.run)]
+    assert texts
+    is_kept = str.endswith if is_read == "an ending" else str.startswith
+    assert all(is_kept(text, "the") for text in texts)
+
+
+def test_a_model_of_both_starts_one_of_either_direction_and_not_the_reverse(
+    config_of: Configs, training_world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = both_directions(config_of, "both")
+    train(both, training_world)
+    forward = {**config_of("usual").data.model_dump(mode="json"), "direction": "forward"}
+    single = config_of("forward", data=forward, init_from=str(both.run))
+    assert train(single, training_world) == "trained to the end"
+
+    back = both.model_copy(update={"run": both.run.with_name("back"), "init_from": single.run})
+    with pytest.raises(CollectiveExit):
+        train(back, training_world)
+    assert "has direction 'forward' and the run" in capsys.readouterr().err

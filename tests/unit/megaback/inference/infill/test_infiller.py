@@ -267,4 +267,4 @@ def test_models_in_the_wrong_place_are_refused_by_name(folders: tuple[Path, Path
     given = ["--beginning", "a", "--ending", "b"]
     turned = CliRunner().invoke(main, ["--forward", backward, "--backward", forward, *given])
     assert turned.exit_code == 33
-    assert "the forward model writes backward" in turned.stderr
+    assert "writes backward only, not forward" in turned.stderr
