@@ -36,7 +36,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #333; max-width: 1200px; mar
 svg { width: 100%; height: auto; }
 table { border-collapse: collapse; margin: 1.5em 0; }
 th, td { padding: .3em .9em; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .texts th, .texts td { text-align: left; }
 i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .5em; }
 """
 
@@ -79,9 +79,9 @@ def page_of(
     svg: str,
     curves: Sequence[RunCurves],
     unequal: Sequence[tuple[str, list[str]]],
-    samples: Sequence[tuple[str, int, str]] = (),
+    samples: Sequence[tuple[str, int, str, str]] = (),
 ) -> str:
-    """A self-contained HTML page. `samples`: run, step and text of each."""
+    """A self-contained HTML page. `samples`: run, step, given and whole text of each."""
     title = escape(", ".join(one.name for one in curves))
     rows = [_row(one, COLORS[number % len(COLORS)]) for number, one in enumerate(curves)]
     heads = ("run", "steps", "loss", "val loss", "lowest val loss", "tokens/s", "starts")
@@ -98,18 +98,30 @@ def page_of(
         cells = [[escape(key), *map(escape, values)] for key, values in unequal]
         parts.append(_table(names, cells))
     if samples:
-        texts = [[escape(run), f"{step:,}", escape(text)] for run, step, text in samples]
-        parts.append(_table(("run", "step", "sample"), texts))
+        texts = [
+            [escape(run), f"{step:,}", _with_given(given, text)]
+            for run, step, given, text in samples
+        ]
+        parts.append(_table(("run", "step", "sample"), texts, kind="texts"))
     return "\n".join([*parts, "</body></html>\n"])
 
 
-def _newest_samples(runs: Sequence[Path]) -> list[tuple[str, int, str]]:
-    """Run, step and text of the samples at each run's last validation that has some."""
+def _with_given(given: str, text: str) -> str:
+    """A sample as HTML, its given part in bold."""
+    if given and text.endswith(given):
+        return f"{escape(text.removesuffix(given))}<b>{escape(given)}</b>"
+    if given and text.startswith(given):
+        return f"<b>{escape(given)}</b>{escape(text.removeprefix(given))}"
+    return escape(text)
+
+
+def _newest_samples(runs: Sequence[Path]) -> list[tuple[str, int, str, str]]:
+    """Run, step, given and whole text of the samples at each run's last validation with some."""
     found = []
     for run, name in zip(runs, names_of(runs), strict=True):
         lines = read_samples(run) if (run / SAMPLES_NAME).is_file() else []
         found += [
-            (name, line["step"], line["text"])
+            (name, line["step"], line["given"], line["text"])
             for line in lines
             if line["step"] == lines[-1]["step"]
         ]
@@ -130,10 +142,10 @@ def _row(run: RunCurves, color: str) -> list[str]:
     ]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:
     head = "".join(f"<th>{cell}</th>" for cell in heads)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f"<table><tr>{head}</tr>\n{body}</table>"
+    return f'<table class="{kind}"><tr>{head}</tr>\n{body}</table>'
 
 
 def _with_metrics(folder: Path) -> list[Path]:

@@ -47,7 +47,7 @@ _FIELDS = Fields(
     numbers=MACHINE_FIELDS.difference(("memory_peak_bytes", "slowest_rank"))
     | {"loss", "learning_rate", "gradient_norm", "val_loss", "val_bits_per_byte", "bits_per_byte"}
     | {"value", "low", "high", "chance"},
-    texts=frozenset(("skipped",)),
+    texts=frozenset(("skipped", "suites_sha256")),
 )
 _TABLES = ("val_by_context", "val_by_direction", "by_direction")
 """Fields whose values are tables of parts of the line's targets."""

@@ -155,10 +155,11 @@ class MetricsLog:
         self,
         step: int,
         results: Mapping[str, Mapping[str, Mapping[str, float | None]]],
+        sha256: str,
         suite_s: float,
     ) -> None:
         """Record metrics of suites by name, each with `value`, `low`, `high`, `rows` and perhaps
-        `chance`; they took `suite_s`."""
+        `chance`; `sha256` is that of their rows, and they took `suite_s`."""
         fields = {
             suite: {
                 name: {key: _json_number(value) for key, value in metric.items()}
@@ -166,7 +167,8 @@ class MetricsLog:
             }
             for suite, metrics in results.items()
         }
-        self._write({"step": step, "suites": fields, "suite_s": suite_s})
+        line = {"step": step, "suites": fields, "suites_sha256": sha256, "suite_s": suite_s}
+        self._write(line)
         for suite, metrics in results.items():
             values = ", ".join(f"{name} {_with_interval(one)}" for name, one in metrics.items())
             first = next(iter(metrics.values()))

@@ -7,6 +7,7 @@ stopping is read from metrics.jsonl, which a run that was fetched from `copy_to`
 from megaback.config import Config
 from megaback.run_folder import METRICS_NAME
 from megaback.tracking.metrics import read_metrics
+from megaback.training.suites import Suites
 
 
 def history_gap(config: Config, start_step: int) -> str | None:
@@ -24,3 +25,15 @@ def history_gap(config: Config, start_step: int) -> str | None:
     if not affected:
         return None
     return f"{config.run / METRICS_NAME} lacks earlier steps: {', and '.join(affected)}"
+
+
+def other_suites(config: Config, suites: Suites, start_step: int) -> str | None:
+    """Message if the suites were measured on other rows before the resume."""
+    lines = read_metrics(config.run) if (config.run / METRICS_NAME).exists() else []
+    measured = [line for line in lines if "suites" in line and line["step"] <= start_step]
+    if not measured or measured[-1].get("suites_sha256") == suites.sha256:
+        return None
+    return (
+        f"the rows of validation.suites are not those of step {measured[-1]['step']:,} and before: "
+        "compare values of the same rows only"
+    )

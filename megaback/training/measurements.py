@@ -108,8 +108,8 @@ class Measurements:
             name: {key: metric.to_dict() for key, metric in metrics.items()}
             for name, metrics in results.items()
         }
-        suite_s = self._durations_s["suites"]
-        self._record(lambda log: log.suites(done, fields, suite_s))
+        suite_s, sha256 = self._durations_s["suites"], run.suites.sha256
+        self._record(lambda log: log.suites(done, fields, sha256, suite_s))
         return True
 
     def lacks_suites(self, step: int) -> bool:

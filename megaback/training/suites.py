@@ -7,6 +7,8 @@ equally many passes, as the engine gathers weights at ZeRO stage 3. No random st
 Shapes: T packed tokens, S texts.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -113,6 +115,8 @@ class Suites:
         self._numbers = wanted
         self.texts = [*wanted]
         self.passes = _packs(self.texts, pass_tokens)
+        self.sha256 = hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
+        """SHA-256 of the texts, by which measurements of other rows are recognized."""
 
     def _texts_of(self, name: str, one: EncodedChoice) -> list[Text]:
         """The whole choice and, if its score has a prior, the scored ids alone."""

@@ -35,7 +35,7 @@ from megaback.training.agreement import Agreement, StepAhead
 from megaback.training.device_batches import DeviceBatches
 from megaback.training.early_stopping import EarlyStopping, mark_best, read_measurements
 from megaback.training.forward_time import ForwardTime, with_rank, without_rank
-from megaback.training.history_gap import history_gap
+from megaback.training.history_gap import history_gap, other_suites
 from megaback.training.measurements import Measurements
 from megaback.training.run import Run, batch_arithmetic
 from megaback.training.start import describe_changes
@@ -354,8 +354,10 @@ def _open_log(run: Run, world: World) -> MetricsLog | None:
     if run.start_step:
         log.message(f"resuming from step {run.start_step:,}")
         gap = history_gap(config, run.start_step)
-        if gap is not None:
-            log.message(gap)
+        other = None if run.suites is None else other_suites(config, run.suites, run.start_step)
+        for message in (gap, other):
+            if message is not None:
+                log.message(message)
     for line in run.suites.describe() if run.suites is not None else ():
         log.message(line)
     if run.changes:

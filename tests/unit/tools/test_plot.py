@@ -65,19 +65,26 @@ def test_a_page_is_self_contained_and_shows_the_results(run_of: Steps, tmp_path:
 
 def test_a_page_shows_the_newest_samples(run_of: Steps, tmp_path: Path) -> None:
     run = run_of("run", 20)
-    lines = [(0, "a first one"), (20, "<b>once</b> upon"), (20, "The end")]
+    lines = [
+        (0, "", "a first one"),
+        (20, "", "<b>once</b> upon"),
+        (20, "& then.", "It was & then."),
+        (20, "It", "It was"),
+    ]
     (run / SAMPLES_NAME).write_text(
         "".join(
-            json.dumps({"step": step, "given": "", "text": text}) + "\n" for step, text in lines
+            json.dumps({"step": step, "given": given, "text": text}) + "\n"
+            for step, given, text in lines
         )
     )
 
     assert plot(run, "--out", tmp_path / "curves").exit_code == 0
 
-    page = _Loads()
-    page.feed((tmp_path / "curves.html").read_text())
+    page, html = _Loads(), (tmp_path / "curves.html").read_text()
+    page.feed(html)
     assert "<b>once</b> upon" in page.text
-    assert "The end" in page.text
+    assert "It was <b>&amp; then.</b>" in html
+    assert "<b>It</b> was" in html
     assert "a first one" not in page.text
 
 

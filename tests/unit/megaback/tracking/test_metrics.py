@@ -128,13 +128,13 @@ def test_suites_are_recorded_and_shown(tmp_path: Path, capsys: pytest.CaptureFix
     metric = {"value": 0.5, "low": 0.25, "high": 0.75, "rows": 3, "chance": 0.25}
     diverged = {"value": math.nan, "low": math.nan, "high": math.nan, "rows": 3}
     log = open_log(tmp_path)
-    log.suites(4, {"sciq": {"acc": metric}, "lambada": {"bits_per_byte": diverged}}, 0.5)
+    log.suites(4, {"sciq": {"acc": metric}, "lambada": {"bits_per_byte": diverged}}, "5ac1", 0.5)
     log.close()
 
     (line,) = read_metrics(tmp_path)
     nothing = {"value": None, "low": None, "high": None, "rows": 3}
     suites = {"sciq": {"acc": metric}, "lambada": {"bits_per_byte": nothing}}
-    assert line == {"step": 4, "suites": suites, "suite_s": 0.5}
+    assert line == {"step": 4, "suites": suites, "suites_sha256": "5ac1", "suite_s": 0.5}
     assert capsys.readouterr().out.splitlines() == [
         "step 4/25  sciq: acc 0.500 (0.250 to 0.750); chance 0.250, 3 rows",
         "step 4/25  lambada: bits_per_byte nan (nan to nan); 3 rows",

@@ -143,8 +143,13 @@ def test_a_run_that_stops_during_suites_measures_them_on_resume(
     assert lines_of(config) == lines_of(whole)
 
 
-def test_a_resumed_run_does_not_measure_suites_again(
-    config_of: Configs, training_world: World, section: dict[str, Any]
+@pytest.mark.parametrize("num_suites", [2, len(NAMES)])
+def test_a_resumed_run_does_not_measure_suites_again_and_reports_other_rows(
+    num_suites: int,
+    config_of: Configs,
+    training_world: World,
+    section: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = config_of(validation=section, checkpoint={"every_steps": 2})
     with trainer_of(config, training_world) as (trainer, run):
@@ -152,9 +157,13 @@ def test_a_resumed_run_does_not_measure_suites_again(
         with pytest.raises(PreemptedError):
             trainer.train()
 
-    train(config, training_world)
+    capsys.readouterr()
+    fewer = config.validation.model_copy(update={"suites": NAMES[:num_suites]})
+    train(config.model_copy(update={"validation": fewer}), training_world)
 
     assert [line["step"] for line in lines_of(config) if "suites" in line] == [0, 2, 4]
+    is_reported = "are not those of step 2 and before" in capsys.readouterr().out
+    assert is_reported == (num_suites < len(NAMES))
 
 
 def test_rows_are_spread_over_a_suite() -> None:
