@@ -38,7 +38,7 @@ def write_hf_folder(
     code = Path(__file__).with_name("tokenization_megaback.py")
     write_text(folder / code.name, code.read_text(encoding="utf-8"))
     _write_json(folder / HF_TOKENIZER_CONFIG_NAME, _tokenizer_config(codec, description, code.stem))
-    _write_json(folder / "generation_config.json", _generation_config(codec, description))
+    _write_json(folder / "generation_config.json", _generation_config(codec))
     write_text(folder / "README.md", model_card(description, codec, name))
     _write_json(folder / MODEL_CONFIG_NAME, _config(codec, description, dtype, code.stem))
 
@@ -90,7 +90,12 @@ def _tokenizer_config(
     }
 
 
-def _generation_config(codec: TextCodec, description: ModelDescription) -> dict[str, Any]:
+def _generation_config(codec: TextCodec) -> dict[str, Any]:
+    """Defaults of sampling.
+
+    No `max_new_tokens`: it would override the `max_length` that lm_eval and others pass, and vLLM
+    takes it as the limit of every request.
+    """
     writable = set(codec.writable_ids(codec.end_id).tolist())
     return {
         "bos_token_id": codec.begin_id,
@@ -99,7 +104,5 @@ def _generation_config(codec: TextCodec, description: ModelDescription) -> dict[
         "do_sample": True,
         "temperature": 0.8,
         "top_k": 200,
-        # Fits a prompt of up to half the context; the rules of `prompt` stop longer ones in time.
-        "max_new_tokens": max(1, min(500, description.context_tokens // 2)),
         "suppress_tokens": [i for i in range(codec.vocab_size) if i not in writable],
     }

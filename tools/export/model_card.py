@@ -79,7 +79,10 @@ write = pipeline("text-generation", model=name, revision=commit, trust_remote_co
 print(write("{given}", max_new_tokens={new_tokens})[0]["generated_text"])
 ```
 
-If it was fine-tuned on instructions, `model.generate(**tokenizer.chat_prompt("{given_part}"))`
+Without `max_new_tokens`, `generate` writes 20 tokens.
+
+If it was fine-tuned on instructions,
+`model.generate(**tokenizer.chat_prompt("{given_part}"), max_new_tokens={new_tokens})`
 writes the {written_part}, and `tokenizer.written` of the ids is its text.
 
 {_BACKWARD_USES if is_backward else _FORWARD_USES}
