@@ -11,6 +11,7 @@ resumes after an interruption.
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,6 +32,7 @@ from controlled.runner import CHARACTER_PIECES, Folder, cell, cpu_line, folder_o
 from smoke import Benchmark
 
 from data_pipeline.common.number_ranges import COUNT
+from data_pipeline.text.codec import Direction
 from megaback.scoring.pairs import Pair
 from megaback.scoring.scorer import Scorer, load_scorer
 
@@ -41,9 +43,13 @@ _CHARACTERS = len("0123456789*=")
 def measure(
     run: Path, scorings: Sequence[Scoring], parts: dict[str, Sequence[Product]], num_draws: int
 ) -> dict[str, Any]:
-    """Accuracy per draw and nats per question, of each way to score, on each part."""
+    """Accuracy per draw and nats per question, of each way to score in one direction, per part."""
     found: dict[str, Any] = {}
-    with load_scorer(run, form="plain", device="cpu", with_prior=False) as scorer:
+    is_forward = scorings[0].is_forward
+    direction = Direction.FORWARD if is_forward else Direction.BACKWARD
+    with load_scorer(
+        run, form="plain", device="cpu", with_prior=False, direction=direction
+    ) as scorer:
         for scoring in scorings:
             found[scoring.name] = {
                 name: _scored(scorer, scoring, products, num_draws)
@@ -73,13 +79,14 @@ def table(found: dict[str, list[dict[str, Any]]], entropy: float) -> Iterator[st
         "| published: test, % | train, % | test, nats | train, nats | theoretical |"
     )
     yield "|" + "---|" * 12
-    for scoring in SCORINGS:
-        if scoring.name not in found:
+    for suffix, scoring in product(("", _OF_BOTH), SCORINGS):
+        if scoring.name + suffix not in found:
             continue
-        parts = [[one[scoring.name][part] for one in found[scoring.name]] for part in _PARTS]
+        results = found[scoring.name + suffix]
+        parts = [[one[scoring.name][part] for one in results] for part in _PARTS]
         theirs = PUBLISHED[scoring.name]
         yield (
-            f"| {scoring.name} | {'m*n=p' if scoring.form is Form.FORWARD_X else 'p=m*n'} "
+            f"| {scoring.name}{suffix} | {'m*n=p' if scoring.form is Form.FORWARD_X else 'p=m*n'} "
             + "".join(f"| {_accuracy([one['accuracies'] for one in part])} " for part in parts)
             + "".join(f"| {cell([one['nats'] for one in part], 3)} " for part in parts)
             + f"| {entropy if scoring.is_ambiguous else 0:.3f} "
@@ -91,6 +98,7 @@ def table(found: dict[str, list[dict[str, Any]]], entropy: float) -> Iterator[st
 
 
 _PARTS = ("held-out", "train")
+_OF_BOTH = ", model of both"
 
 
 def _accuracy(of_seeds: Sequence[Sequence[float]]) -> str:
@@ -141,7 +149,7 @@ def _accuracy(of_seeds: Sequence[Sequence[float]]) -> str:
     show_default=True,
     help="Number of times that the wrong choices are drawn.",
 )
-@folder_options("multiplication")
+@folder_options("multiplication", has_both=True)
 def main(
     digits: int,
     forms: tuple[str, ...],
@@ -162,18 +170,19 @@ def main(
         text = folder.texts(form.value, ({"text": one.text(form)} for one in split.train))
         tokenizer = folder.tokenizer(text, CHARACTER_PIECES + _CHARACTERS)
         shards = folder.shards(form.value, text, tokenizer)
-        for direction in folder.directions:
+        for trained, _, part in folder.measured:
             scorings = [
                 scoring
                 for scoring in SCORINGS
-                if scoring.form is form and scoring.is_forward is (direction == "forward")
+                if scoring.form is form and scoring.is_forward is (part == "forward")
             ]
 
             def measured(run: Path, scorings: Sequence[Scoring] = scorings) -> dict[str, Any]:
                 return measure(run, scorings, parts, num_draws)
 
-            results = folder.results(form.value, shards, direction, measured)
-            found |= {scoring.name: results for scoring in scorings}
+            suffix, written = ("", "") if part == trained else (_OF_BOTH, part)
+            results = folder.results(form.value, shards, trained, measured, written)
+            found |= {scoring.name + suffix: results for scoring in scorings}
             everything += results
     click.echo("")
     for line in table(found, factor_entropy(digits)):

@@ -18,6 +18,7 @@ from controlled.facts import Fact, FactQuestion, Order, ask, is_asked_as_stated,
 from controlled.runner import Folder, cell, cpu_line, folder_options
 from smoke import Benchmark
 
+from data_pipeline.text.codec import Direction
 from megaback.inference.sampling import SamplingOptions
 from megaback.inference.text_writer import Writer, load
 from megaback.scoring.pairs import Pair
@@ -32,9 +33,12 @@ _ASKED = {"name": True, "description": False}
 
 def measure(run: Path, is_forward: bool, facts: Sequence[Fact]) -> dict[str, Any]:
     """Exact match and choice among ten, for each order of the statement and each asked part."""
-    writer = load(run, device="cpu", usual_rows=_AT_ONCE)
+    direction = Direction.FORWARD if is_forward else Direction.BACKWARD
+    writer = load(run, device="cpu", usual_rows=_AT_ONCE, direction=direction)
     found = {}
-    with load_scorer(run, form="plain", device="cpu", with_prior=False) as scorer:
+    with load_scorer(
+        run, form="plain", device="cpu", with_prior=False, direction=direction
+    ) as scorer:
         for order in Order:
             stated = [fact for fact in facts if fact.order is order]
             for asked, for_name in _ASKED.items():
@@ -97,16 +101,16 @@ def table(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     """The figures of each direction, order and question over seeds, as Markdown."""
     yield "| trained | stated | asked for | as stated | written exactly | chosen of 10 |"
     yield "|---|---|---|---|---|---|"
-    for direction, results in found.items():
+    for trained, results in found.items():
         for order in Order:
             for asked, for_name in _ASKED.items():
                 figures = [one[f"{order.value}, {asked}"] for one in results]
                 as_stated = is_asked_as_stated(
-                    order, for_name=for_name, is_forward=direction == "forward"
+                    order, for_name=for_name, is_forward=trained.endswith("forward")
                 )
                 cells = [cell([one[key] for one in figures], 3) for key in ("written", "chosen")]
                 yield (
-                    f"| {direction} | {order.value} | {asked} | {'yes' if as_stated else 'no'} "
+                    f"| {trained} | {order.value} | {asked} | {'yes' if as_stated else 'no'} "
                     f"| {' | '.join(cells)} |"
                 )
     yield f"| chance | | | | 0.000 | {1 / NUM_CHOICES:.3f} |"
@@ -132,7 +136,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     show_default=True,
     help="Size of the tokenizer's vocabulary.",
 )
-@folder_options("reversal_facts")
+@folder_options("reversal_facts", has_both=True)
 def main(num_facts: int, vocab_size: int, **options: Any) -> None:
     """Make the facts, train, ask, and print the table."""
     folder = Folder(**options)
@@ -143,12 +147,13 @@ def main(num_facts: int, vocab_size: int, **options: Any) -> None:
     text = folder.texts("facts", ({"text": sentence} for sentence in sentences))
     shards = folder.shards("facts", text, folder.tokenizer(text, vocab_size))
     found = {}
-    for direction in folder.directions:
+    for trained, label, part in folder.measured:
 
-        def measured(run: Path, is_forward: bool = direction == "forward") -> dict[str, Any]:
+        def measured(run: Path, is_forward: bool = part == "forward") -> dict[str, Any]:
             return measure(run, is_forward, facts)
 
-        found[direction] = folder.results("facts", shards, direction, measured)
+        written = "" if part == trained else part
+        found[label] = folder.results("facts", shards, trained, measured, written)
     click.echo("")
     for line in table(found):
         click.echo(line)

@@ -21,7 +21,7 @@ from data_pipeline.common.terminal import fit
 from data_pipeline.errors import CheckpointCorruptError
 from megaback.faults.exit_record import read_history
 from megaback.run_folder import HISTORY_NAME, META_NAME, METRICS_NAME, complete_checkpoints, step_of
-from megaback.tracking.metrics import MIN_DATA_WAIT_SHARE, read_metrics
+from megaback.tracking.metrics import MIN_DATA_WAIT_SHARE, losses_apart, read_metrics
 from tools.watch import Health, health_of
 
 _RECENT_STEPS = 50
@@ -35,6 +35,8 @@ class Validation:
     step: int
     loss: float | None
     bits_per_byte: float | None
+    by_direction: dict[str, float | None]
+    """Loss of each direction of a model of both; else empty."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,12 @@ def _status(
         line["loss"] for line in steps if "skipped" not in line and line["loss"] is not None
     ]
     validations = [
-        Validation(line["step"], line["val_loss"], line["val_bits_per_byte"])
+        Validation(
+            line["step"],
+            line["val_loss"],
+            line["val_bits_per_byte"],
+            {name: part["loss"] for name, part in line.get("val_by_direction", {}).items()},
+        )
         for line in lines
         if "val_loss" in line
     ]
@@ -210,6 +217,7 @@ def _validations(status: Status) -> str:
     last, best = status.validation, status.best_validation
     assert last is not None
     loss = "non-finite" if last.loss is None else f"{last.loss:.4f} nats/token"
+    loss += losses_apart(last.by_direction)
     bits = "" if last.bits_per_byte is None else f", {last.bits_per_byte:.4f} bits/byte"
     lowest = ""
     if best is not None and best.step != last.step:

@@ -17,12 +17,13 @@ import click
 from data_pipeline.common.atomic import write_text
 from data_pipeline.common.number_ranges import COUNT
 from data_pipeline.errors import ConfigError
-from data_pipeline.text.codec import CHAT_PIECES, Direction
+from data_pipeline.text.codec import CHAT_PIECES, Direction, Directions
 from megaback.config_file import load_config
 from megaback.faults.exit_record import read_exit
 from tools.demo import run
 
 DIRECTIONS = tuple(direction.value for direction in Direction)
+BOTH = Directions.BOTH.value
 CHARACTER_PIECES = 256 + 3 + len(CHAT_PIECES) + 1
 """Pieces of every tokenizer: bytes, the unknown piece, markers and a space. With one more for each
 character of the text and no others, every character is a token."""
@@ -97,28 +98,52 @@ class Folder:
         return path
 
     def results(
-        self, name: str, shards: Path, direction: str, measure: Callable[[Path], dict[str, Any]]
+        self,
+        name: str,
+        shards: Path,
+        direction: str,
+        measure: Callable[[Path], dict[str, Any]],
+        written: str = "",
     ) -> list[dict[str, Any]]:
         """Results of `measure` for the run of each seed, with the CPU seconds of training.
 
-        After an interruption they are those of the last start.
+        `written`: of a model of both directions, the one that is measured. After an interruption
+        they are those of the last start.
         """
         found = []
         for seed in range(self.num_seeds):
             path = self.out / "runs" / f"{name}-{direction}-seed{seed}"
             cpu_s = self._trained(path, shards, direction, seed)
-            measured = path.with_name(path.name + ".json")
+            measured = path.with_name("-".join([path.name, *written.split()]) + ".json")
             if not measured.exists():
                 fields = {**measure(path), "cpu_s": cpu_s}
                 write_text(measured, json.dumps(fields) + "\n")
             found.append(json.loads(measured.read_text(encoding="utf-8")))
         return found
 
+    @property
+    def measured(self) -> list[tuple[str, str, str]]:
+        """Parts of models that are measured: direction of training, label, and direction in use."""
+        single = [(one, one, one) for one in self.directions if one != BOTH]
+        both = [(BOTH, f"{BOTH}, {one}", one) for one in DIRECTIONS if BOTH in self.directions]
+        return [*single, *both]
+
+    @property
+    def _length(self) -> tuple[str, ...]:
+        return () if self.steps is None else (f"training.steps={self.steps}",)
+
     def _trained(self, path: Path, shards: Path, direction: str, seed: int) -> float | None:
         """Train a run; its CPU seconds, or None if it had been trained before."""
         if (read_exit(path) or {}).get("code") == 0:
             return None
-        length = () if self.steps is None else (f"training.steps={self.steps}",)
+        training = load_config(self.config, self._length).training.model_dump()
+        length = self._length
+        if direction == BOTH:
+            length = tuple(
+                f"training.{key}={2 * training[key]}"
+                for key in ("steps", "epochs")
+                if training[key] is not None
+            )
         before = _cpu_s_of_children()
         run(
             *("train", str(self.config), f"run={path}", f"data.shards={shards}"),
@@ -137,8 +162,10 @@ def config_of(task: str) -> Path:
     return Path(__file__).with_name(f"{task}.yaml")
 
 
-def folder_options(task: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options of a `Folder`."""
+def folder_options(
+    task: str, *, has_both: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of a `Folder`. `has_both`: a model of both directions can be trained."""
     options = (
         click.option(
             "--steps", type=COUNT.option, help="Steps of each run. Default: the config's."
@@ -153,11 +180,12 @@ def folder_options(task: str) -> Callable[[Callable[..., None]], Callable[..., N
         click.option(
             "--direction",
             "directions",
-            type=click.Choice(DIRECTIONS),
+            type=click.Choice([*DIRECTIONS, BOTH] if has_both else DIRECTIONS),
             multiple=True,
             default=DIRECTIONS,
             show_default=True,
-            help="Directions to train. May be repeated.",
+            help="Directions to train. May be repeated."
+            + (" both: one model, for the steps of two." if has_both else ""),
         ),
         click.option(
             "--config",

@@ -4,6 +4,7 @@ Every line has `step`, the number of completed steps; docs/metrics.md describes 
 `metrics_log` writes them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,12 @@ class StepRecord:
     """Loss and targets of each direction, of a model of both."""
     rank_times: RankTimes | None = None
     """Slowest rank, if `logging.rank_times` asks for it."""
+
+
+def losses_apart(losses: Mapping[str, float | None]) -> str:
+    """Losses of each direction, to be shown after the whole one; empty for one direction."""
+    shown = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
+    return f" ({', '.join(shown)})" if shown else ""
 
 
 def by_direction(

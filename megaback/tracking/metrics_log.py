@@ -25,7 +25,12 @@ from megaback.faults.exit_record import record_event
 from megaback.faults.start_fence import NO_FENCE, Fence
 from megaback.run_folder import METRICS_NAME
 from megaback.tracking.loss_by_context import ContextLoss, Loss
-from megaback.tracking.metrics import MIN_DATA_WAIT_SHARE, StepRecord, read_metrics
+from megaback.tracking.metrics import (
+    MIN_DATA_WAIT_SHARE,
+    StepRecord,
+    losses_apart,
+    read_metrics,
+)
 from megaback.tracking.samples_log import SamplesLog
 from megaback.tracking.tracker import BEFORE_ALL_STEPS
 from megaback.tracking.trackers import Trackers
@@ -136,7 +141,7 @@ class MetricsLog:
         )
         self.message(
             f"step {step}/{self._total_steps}  val loss {whole.nats_per_token:.4f} nats/token"
-            f"{_apart({name: one.nats_per_token for name, one in directions.items()})}, "
+            f"{losses_apart({name: one.nats_per_token for name, one in directions.items()})}, "
             f"{whole.bits_per_byte or 0:.4f} bits/byte over {whole.num_targets:,} tokens"
         )
 
@@ -192,10 +197,10 @@ class MetricsLog:
         pace = f"{line['tokens_per_s']:,.0f} tokens/s"
         if self._num_devices > 1:
             pace += f" ({line['tokens_per_s_per_device']:,.0f} per device)"
+        losses = {name: part["loss"] for name, part in (record.by_direction or {}).items()}
         parts = [
             f"{record.step}/{self._total_steps}",
-            f"loss {record.loss:.4f}"
-            + _apart({name: one["loss"] for name, one in (record.by_direction or {}).items()}),
+            f"loss {record.loss:.4f}{losses_apart(losses)}",
             f"{duration(left_s)} left",
             pace,
             f"lr {record.learning_rate:.2e}",
@@ -239,12 +244,6 @@ def _table(parts: Mapping[str, Loss]) -> dict[str, dict[str, Any]]:
         }
         for name, one in parts.items()
     }
-
-
-def _apart(losses: Mapping[str, float | None]) -> str:
-    """Losses of each direction on the console, after the whole one; empty for one direction."""
-    shown = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
-    return f" ({', '.join(shown)})" if shown else ""
 
 
 def _json_numbers(table: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

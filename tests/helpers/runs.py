@@ -6,6 +6,7 @@ from typing import Any
 
 from megaback.faults.exit_record import record_exit, record_start
 from megaback.run_folder import METRICS_NAME
+from megaback.tracking.metrics import read_metrics
 
 ROW_TOKENS = 2048
 
@@ -53,3 +54,15 @@ def finished_steps(run: Path, steps: int, skipped: int = 5) -> Path:
             lines.append({"step": step, **measured, "val_by_context": by_context})
     (run / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
+
+
+def add_directions(run: Path, at: dict[int, tuple[float, float]]) -> None:
+    """Add the backward and the forward val loss of a model of both to validations."""
+    lines = read_metrics(run)
+    for line in lines:
+        if "val_loss" in line and line["step"] in at:
+            line["val_by_direction"] = {
+                name: {"loss": loss, "bits_per_byte": None, "targets": 1}
+                for name, loss in zip(("backward", "forward"), at[line["step"]], strict=True)
+            }
+    (run / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))

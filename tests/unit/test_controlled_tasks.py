@@ -211,3 +211,13 @@ def test_the_config_of_a_task_is_that_of_a_small_model(task: str) -> None:
 
     assert config.hardware.processes == 1
     assert config.model.num_layers * config.model.width**2 * 12 < 1_000_000
+
+
+def test_a_model_of_both_is_measured_in_each_direction_after_the_single_ones() -> None:
+    folder = Folder(Path("out"), CONFIG, ("both", "forward"), 1, 5)
+
+    assert folder.measured == [
+        ("forward", "forward", "forward"),
+        ("both", "both, backward", "backward"),
+        ("both", "both, forward", "forward"),
+    ]

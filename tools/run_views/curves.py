@@ -12,6 +12,7 @@ import yaml
 from data_pipeline.common.checked_json import require_within
 from data_pipeline.common.number_ranges import CONTEXT
 from data_pipeline.errors import CheckpointCorruptError
+from data_pipeline.text.codec import Direction
 from megaback.faults.exit_record import read_history
 from megaback.faults.run_ownership import config_of_run
 from megaback.run_folder import METRICS_NAME
@@ -79,6 +80,8 @@ class RunCurves:
     loss: Curve
     """Nats per token, of steps that were not skipped."""
     val_loss: Curve
+    val_loss_by_direction: dict[str, Curve]
+    """Val loss of each direction of a model of both."""
     context_loss: Curve
     """The last val loss by tokens of context; places are the upper bounds of buckets."""
     learning_rate: Curve
@@ -149,6 +152,11 @@ def _curves(
         num_steps=len(steps),
         loss=curve("loss", [line for line in steps if "skipped" not in line]),
         val_loss=curve("val_loss", validations),
+        val_loss_by_direction={
+            direction.value: curve("loss", parts)
+            for direction in Direction
+            if (parts := _of_direction(validations, direction))
+        },
         context_loss=_context_loss(validations[-1]) if validations else _NO_CURVE,
         learning_rate=curve("learning_rate", steps),
         gradient_norm=curve("gradient_norm", steps),
@@ -157,6 +165,17 @@ def _curves(
         skipped=np.array([place_of(line["step"]) for line in steps if "skipped" in line]),
         restarts=np.array([place_of(step) for step in starts[1:]]),
     )
+
+
+def _of_direction(
+    validations: Sequence[Mapping[str, Any]], direction: Direction
+) -> list[Mapping[str, Any]]:
+    """The part of each validation that is of one direction, with its step."""
+    return [
+        {**line["val_by_direction"][direction.value], "step": line["step"]}
+        for line in validations
+        if "val_by_direction" in line
+    ]
 
 
 def _context_loss(validation: Mapping[str, Any]) -> Curve:

@@ -20,6 +20,8 @@ _MAX_RESTARTS = 1000
 _COLUMNS = 12
 """Columns of the grid, which rows of one to four panels divide."""
 _HEIGHT, _SUITE_HEIGHT = 3.6, 2.7
+_MARKERS = {"backward": "<", "forward": ">"}
+"""Markers of the val loss of each direction of a model of both."""
 _STYLES = ("-", "--", ":", "-.")
 _LABELS: dict[Axis, str] = {"step": "step", "tokens": "tokens", "time": "hours of training steps"}
 
@@ -155,6 +157,8 @@ def _draw_loss(axes: "Axes", run: RunCurves, look: Style, color: str, style: str
         markerfacecolor="white",
         markersize=4.5,
     )
+    for name, curve in run.val_loss_by_direction.items():
+        axes.plot(curve.places, curve.values, _MARKERS[name], color=color, markersize=4)
     if len(run.skipped) and len(run.loss.places):
         import numpy as np
 
@@ -171,6 +175,10 @@ def _draw_legend(figure: "Figure", axes: "Axes", runs: Sequence[RunCurves]) -> N
         ring = {"marker": "o", "markerfacecolor": "white", "markersize": 4.5, "linestyle": ""}
         handles.append(Line2D([], [], color=TEXT_COLOR, **ring))  # type: ignore[arg-type]
         labels.append("val loss")
+    for name, marker in _MARKERS.items():
+        if any(name in run.val_loss_by_direction for run in runs):
+            handles.append(Line2D([], [], color=TEXT_COLOR, marker=marker, linestyle=""))
+            labels.append(f"val loss, {name}")
     if any(len(run.restarts) for run in runs):
         handles.append(Line2D([], [], color=TEXT_COLOR, linewidth=0.7, linestyle=(0, (1, 3))))
         labels.append("resume")

@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from megaback.faults.exit_record import record_exit, record_start
 from megaback.run_folder import METRICS_NAME
-from tests.helpers.runs import ROW_TOKENS, add_suites, finished_steps, suite_metric
+from tests.helpers.runs import ROW_TOKENS, add_directions, add_suites, finished_steps, suite_metric
 from tools.status import main as status_command
 
 Steps = Callable[..., Path]
@@ -63,6 +63,16 @@ def test_suites_are_those_of_the_last_measurement(run_of: Steps) -> None:
     expected = "suites     sciq 0.500 (chance 0.250), lambada 1.250 at step 4"
     assert expected in status(run).output
     assert json.loads(status(run, "--json").output)["suites"] == {"step": 4, "suites": suites}
+
+
+def test_a_model_of_both_directions_has_their_losses_apart(run_of: Steps) -> None:
+    run = run_of("a", 20)
+    add_directions(run, {20: (8.1, 7.9)})
+
+    expected = "val loss   8.0000 nats/token (backward 8.1000, forward 7.9000), 3.5000 bits/byte"
+    assert expected in status(run).output
+    fields = json.loads(status(run, "--json").output)["validation"]
+    assert fields["by_direction"] == {"backward": 8.1, "forward": 7.9}
 
 
 def test_data_wait_is_a_share_of_time_and_is_shown_if_large(run_of: Steps) -> None:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.runs import ROW_TOKENS, add_suites, finished_steps, suite_metric
+from tests.helpers.runs import ROW_TOKENS, add_directions, add_suites, finished_steps, suite_metric
 from tools.run_views.curves import Curve, differences, names_of, read_curves
+from tools.run_views.curves_figure import Style, curves_figure
 
 Steps = Callable[..., Path]
 
@@ -36,6 +37,23 @@ def test_curves_match_the_metrics(run_of: Steps) -> None:
     assert by_tokens.val_loss.places.tolist() == [0, 10 * ROW_TOKENS, 20 * ROW_TOKENS]
     by_time = read_curves(run, "time", "a")
     assert by_time.restarts.tolist() == pytest.approx([1.5 / 3600])
+
+
+def test_directions_of_a_model_of_both_are_curves_and_a_legend(run_of: Steps) -> None:
+    run = run_of("a", 20)
+    assert read_curves(run, "step", "a").val_loss_by_direction == {}
+    add_directions(run, {10: (8.2, 8.1), 20: (8.1, 7.9)})
+
+    found = read_curves(run, "step", "a")
+
+    curves = found.val_loss_by_direction
+    assert {name: curve.values.tolist() for name, curve in curves.items()} == {
+        "backward": [8.2, 8.1],
+        "forward": [8.1, 7.9],
+    }
+    assert curves["forward"].places.tolist() == [10, 20]
+    (legend,) = curves_figure([found], Style("step", 1, is_logarithmic=False)).legends
+    assert "val loss, forward" in [text.get_text() for text in legend.get_texts()]
 
 
 def test_suites_have_their_intervals_and_chance(run_of: Steps) -> None:
