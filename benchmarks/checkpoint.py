@@ -41,7 +41,8 @@ def time_saves(width: int, layers: int, turns: int, folder: Path) -> None:
     from megaback.checkpoints.checkpoint import CheckpointMeta
     from megaback.checkpoints.saver import CheckpointSaver
     from megaback.checkpoints.state import named_state
-    from megaback.config import CheckpointSection, Config
+    from megaback.config import Config
+    from megaback.config_operation import CheckpointSection
     from megaback.distributed.engine import start_engine
     from megaback.distributed.world import end_rank, start_world
     from megaback.model.gpt import ReverseGPT

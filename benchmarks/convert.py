@@ -65,7 +65,8 @@ def save_both(width: int, layers: int, folder: Path, tokenizer: Path) -> None:
     from megaback.checkpoints.checkpoint import CheckpointMeta
     from megaback.checkpoints.saver import CheckpointSaver
     from megaback.checkpoints.state import named_state
-    from megaback.config import CheckpointSection, Config
+    from megaback.config import Config
+    from megaback.config_operation import CheckpointSection
     from megaback.distributed.engine import start_engine
     from megaback.distributed.world import end_rank, start_world
     from megaback.model.gpt import ReverseGPT

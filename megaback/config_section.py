@@ -6,7 +6,7 @@ Loads no torch.
 import re
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 _WHOLE = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9]*)?([eE][-+]?[0-9]{1,2})?")
 
@@ -24,6 +24,14 @@ def _as_number(value: Any, annotation: Any) -> Any:
         number = float(value.replace("_", ""))
         return int(number) if number.is_integer() else number
     return value
+
+
+def _as_word(value: Any) -> Any:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+ON_OR_OFF = BeforeValidator(_as_word)
+"""The word on or off, which YAML reads as true or false."""
 
 
 class Section(BaseModel):

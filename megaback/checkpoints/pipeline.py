@@ -14,7 +14,7 @@ from megaback.checkpoints.checkpoint import CheckpointMeta
 from megaback.checkpoints.remote_copy import CheckpointCopier
 from megaback.checkpoints.saver import CheckpointSaver
 from megaback.checkpoints.state import named_state, saved_index
-from megaback.config import CheckpointSection
+from megaback.config_operation import CheckpointSection
 from megaback.distributed.world import World
 from megaback.faults.watchdog import Watchdog
 

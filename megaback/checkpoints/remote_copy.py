@@ -28,7 +28,7 @@ from megaback.checkpoints.checkpoint import (
     read_meta,
 )
 from megaback.checkpoints.safetensors_file import SizeAndHash
-from megaback.config import CheckpointSection
+from megaback.config_operation import CheckpointSection
 from megaback.distributed.world import World
 from megaback.faults.start_fence import NO_FENCE, Fence
 from megaback.faults.step_guard import MAX_SKIPPED_STEPS_BYTES

@@ -22,7 +22,7 @@ from megaback.checkpoints.checkpoint import CheckpointMeta, complete, read_meta,
 from megaback.checkpoints.host_copy import HostCopy
 from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash, write_tensors
 from megaback.checkpoints.saved_runs import WEIGHT, part_names
-from megaback.config import CheckpointSection
+from megaback.config_operation import CheckpointSection
 from megaback.distributed.world import World
 from megaback.faults.start_fence import NO_FENCE, Fence
 from megaback.run_folder import (

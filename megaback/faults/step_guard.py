@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from data_pipeline.common.atomic import replacing
 from data_pipeline.common.regular_files import UNFIT, read_file
 from data_pipeline.errors import NonFiniteError, RunMismatchError
-from megaback.config import GuardSection
+from megaback.config_operation import GuardSection
 from megaback.run_folder import SKIPPED_STEPS_NAME
 
 MAX_SKIPPED_STEPS_BYTES = 1 << 20

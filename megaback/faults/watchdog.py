@@ -22,7 +22,7 @@ import psutil
 
 from data_pipeline.common.command import report
 from data_pipeline.errors import DeviceMemoryError, MegabackError, RankLostError, StorageError
-from megaback.config import HardwareSection
+from megaback.config_operation import HardwareSection
 from megaback.distributed.world import World
 from megaback.faults.collective_record import write_collectives
 from megaback.faults.exit_record import read_exit, record_exit

@@ -14,7 +14,8 @@ from pydantic import TypeAdapter
 from data_pipeline import errors
 from data_pipeline.common.import_path import module_command
 from data_pipeline.errors import ConfigError, MegabackError
-from megaback.config import CheckpointSection, Config, LoggingSection
+from megaback.config import Config
+from megaback.config_operation import CheckpointSection, LoggingSection
 from megaback.config_validation import ValidationSection
 from megaback.rehearsal.report import RankFailure, RankReport
 

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from data_pipeline.errors import MegabackError
 from megaback.checkpoints.state import holdings_of, num_updates
-from megaback.config import Config, HardwareSection
+from megaback.config import Config
+from megaback.config_operation import HardwareSection
 from megaback.data import Data, open_data
 from megaback.distributed.world import CollectiveExit, World, choose_device, without_operators
 from megaback.environment import LAUNCHER_VARIABLE

@@ -17,8 +17,9 @@ from torch import Tensor
 from megaback.checkpoints.checkpoint import CheckpointMeta
 from megaback.checkpoints.saver import CheckpointSaver
 from megaback.checkpoints.state import named_state, num_updates
-from megaback.config import CheckpointSection, Config
+from megaback.config import Config
 from megaback.config_file import load_config
+from megaback.config_operation import CheckpointSection
 from megaback.data import open_data
 from megaback.distributed.versions import library_versions
 from megaback.distributed.world import World, end_rank, start_world

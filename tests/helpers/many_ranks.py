@@ -16,7 +16,7 @@ from megaback.checkpoints.checkpoint import CheckpointMeta, newest_checkpoint
 from megaback.checkpoints.fetching import fetch_newest
 from megaback.checkpoints.remote_copy import CheckpointCopier, CopyTarget
 from megaback.checkpoints.saver import CheckpointSaver
-from megaback.config import CheckpointSection
+from megaback.config_operation import CheckpointSection
 from megaback.distributed.world import World, end_rank, start_world
 from megaback.optim.muon import orthogonalized
 from megaback.optim.zero_matrices import MatrixShards, Slice, slices_of_each, slices_of_flat

@@ -26,8 +26,9 @@ from data_pipeline.errors import CheckpointCorruptError, RunMismatchError
 from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, read_meta
 from megaback.checkpoints.saver import CheckpointSaver
 from megaback.checkpoints.state import named_state, num_updates, saved_index
-from megaback.config import CheckpointSection, Config
+from megaback.config import Config
 from megaback.config_file import load_config
+from megaback.config_operation import CheckpointSection
 from megaback.data import open_data
 from megaback.distributed.engine import set_learning_rates, start_engine, take_step
 from megaback.distributed.world import CollectiveExit, World, end_rank, start_world

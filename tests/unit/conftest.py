@@ -161,7 +161,7 @@ def save(
 ) -> Callable[..., Path]:
     """`save(run, step, val_loss, **options of CheckpointSection)`: a complete checkpoint."""
     from megaback.checkpoints.saver import CheckpointSaver
-    from megaback.config import CheckpointSection
+    from megaback.config_operation import CheckpointSection
 
     def save(
         run: Path, step: int, val_loss: float | None = 1.5, keep_last: int = 10, **options: object

@@ -24,6 +24,7 @@ FLOORS = [
     ["megaback.run_folder"],
     ["megaback.config_messages", "megaback.config_section", "megaback.use_commands"],
     ["megaback.config_data", "megaback.config_validation"],
+    ["megaback.config_operation"],
     ["megaback.config"],
     ["megaback.shown_config"],
     ["megaback.model", "megaback.planning"],

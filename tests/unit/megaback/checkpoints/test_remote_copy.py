@@ -19,7 +19,7 @@ from megaback.checkpoints.checkpoint import (
 )
 from megaback.checkpoints.fetching import fetch_newest
 from megaback.checkpoints.remote_copy import CheckpointCopier, CopyTarget
-from megaback.config import CheckpointSection
+from megaback.config_operation import CheckpointSection
 from megaback.distributed.world import World
 from megaback.faults.step_guard import read_excluded_steps, write_skipped_steps
 from megaback.run_folder import META_NAME, complete_checkpoints

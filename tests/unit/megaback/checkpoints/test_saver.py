@@ -29,7 +29,7 @@ from megaback.checkpoints.checkpoint import (
 )
 from megaback.checkpoints.safetensors_file import write_tensors
 from megaback.checkpoints.saver import CheckpointSaver
-from megaback.config import CheckpointSection
+from megaback.config_operation import CheckpointSection
 from megaback.distributed.world import World
 from megaback.faults.start_fence import Fence, begin_start
 from megaback.run_folder import META_NAME, complete_checkpoints

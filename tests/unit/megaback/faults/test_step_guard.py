@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import NonFiniteError, RunMismatchError
-from megaback.config import GuardSection
+from megaback.config_operation import GuardSection
 from megaback.faults.step_guard import (
     StepGuard,
     read_excluded_steps,

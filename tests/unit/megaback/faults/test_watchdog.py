@@ -12,7 +12,7 @@ import pytest
 
 from data_pipeline.common.locks import replace_lock, take_lock
 from data_pipeline.errors import RankLostError, SupersededError
-from megaback.config import HardwareSection
+from megaback.config_operation import HardwareSection
 from megaback.distributed.world import CollectiveExit, World
 from megaback.faults.exit_record import read_exit, record_exit, record_start
 from megaback.faults.heartbeat import Heartbeat, read_heartbeats, write_heartbeat

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.loading.rows import Batch
-from megaback.config import GuardSection, OptimizerSection
+from megaback.config import OptimizerSection
+from megaback.config_operation import GuardSection
 from megaback.faults.step_guard import StepGuard
 from megaback.optim.build import build_optimizer
 from megaback.training.agreement import StepAhead
