@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers.fake_gpu import NAME, counted, gpu, moved, on_fake_gpu
+from tests.helpers.fake_gpu import counted, gpu, moved, on_fake_gpu
+from tests.helpers.fake_gpu_device import NAME
 
 
 @on_fake_gpu
