@@ -140,7 +140,8 @@ class Measurements:
             share = f", {total_s / (now - ended):.1%} of the time since step {before:,}"
         self._last = done, now
         listed = ", ".join(f"{name} {_shown(part_s)}" for name, part_s in parts.items())
-        message = f"step {done:,}: measuring took {_shown(total_s)} ({listed}){share}"
+        step = f"step {done}/{self._run.data.total_steps}"
+        message = f"{step}  measuring took {_shown(total_s)} ({listed}){share}"
         self._record(lambda log: log.message(message))
 
     @contextmanager

@@ -11,6 +11,7 @@ import torch
 
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch
 from megaback.training.device_batches import DeviceBatches
+from megaback.training.suites import Text, measure_suites
 from megaback.training.validation import evaluate, to_device
 from tests.helpers.fake_gpu import counted, gpu, moved, on_fake_gpu
 from tests.helpers.small_models import CPU, VOCAB_SIZE, make_model, random_ids
@@ -34,6 +35,8 @@ def batch(seed: int = 0) -> Batch:
 def world_on(device: torch.device) -> Any:
     """One rank."""
     return SimpleNamespace(
+        rank=0,
+        size=1,
         device=device,
         begin_sum=lambda *values: SimpleNamespace(result=lambda: list(values)),
         sum=lambda *values: list(values),
@@ -120,4 +123,26 @@ def test_validation_is_that_of_the_cpu_and_waits_for_a_batch_while_the_next_one_
     assert found == pytest.approx(expected, abs=1e-5)
     assert len(traffic.to_host) == len(traffic.syncs) == 3, traffic
     assert all("in result, megaback/model/sending.py" in sync for sync in traffic.syncs), traffic
+    assert waits == [0, 0, 1]
+
+
+@on_fake_gpu
+def test_suites_are_those_of_the_cpu_and_wait_for_a_pass_while_the_next_one_computes() -> None:
+    texts: list[Text] = [((0, 5, number), (7, 8 + number)) for number in range(6)]
+    passes = [[0, 1], [2], [3, 4, 5]]
+    suites: Any = SimpleNamespace(texts=texts, passes=passes, results=lambda scores_2S: scores_2S)
+
+    def measured(model: torch.nn.Module, device: torch.device) -> Any:
+        world = world_on(device)
+        return measure_suites(model, suites, world, lambda: None, lambda: False)
+
+    expected, model = measured(make_model(), CPU), moved(make_model())
+    waits: list[int] = []
+    with counted() as traffic:
+        model.register_forward_pre_hook(lambda *_: waits.append(len(traffic.syncs)))
+        found = measured(model, gpu())
+
+    assert (expected < 0).all()
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert len(traffic.to_host) == len(traffic.syncs) == 3, traffic
     assert waits == [0, 0, 1]
