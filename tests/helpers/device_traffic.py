@@ -7,7 +7,13 @@ from pathlib import Path
 
 from tests.helpers.paths import ROOT
 
-_HELPERS = {"device_traffic.py", "fake_gpu.py", "fake_graphs.py", "fake_streams.py"}
+_HELPERS = {
+    "device_traffic.py",
+    "fake_gpu.py",
+    "fake_gpu_device.py",
+    "fake_graphs.py",
+    "fake_streams.py",
+}
 
 
 @dataclass
