@@ -226,6 +226,12 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
                 f"validation.{key} needs a val set, and {section.description} has none; build one "
                 f"with `megaback shards build --val-fraction`, or remove validation.{key}"
             )
+    folder = config.validation.suite_folder
+    if config.validation.suites and folder is not None and not folder.is_dir():
+        raise ConfigError(
+            f"validation.suite_folder {folder} is not a folder; name one of saved data sets, or "
+            "omit it"
+        )
     micro_batch_rows, accumulation_steps = split_batch(batch, world_size)
     steps = config.training.steps
     if steps is None:

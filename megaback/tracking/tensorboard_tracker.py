@@ -19,7 +19,7 @@ from megaback.run_folder import TENSORBOARD_FOLDER
 from megaback.tracking.tracker import BEFORE_ALL_STEPS, Value
 
 _FLUSH_S = 20
-_MARKDOWN = re.compile(r"[\\`*_{}\[\]()#+.!|~-]")
+_MARKDOWN = re.compile(r"[\\`*_{}\[\]()#+.!|-]")
 _RECORD_HEADER = struct.Struct("<QI")  # TFRecord: length, its checksum; data, its checksum
 _CHECKSUM_BYTES = 4
 

@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from pydantic import ValidationError
 
-from data_pipeline.errors import PreemptedError
+from data_pipeline.errors import ConfigError, PreemptedError
 from data_pipeline.text.codec import Direction
 from megaback.config import Config
 from megaback.config_validation import ValidationSection
@@ -182,6 +182,15 @@ def test_rows_are_spread_over_a_suite() -> None:
 def test_suites_of_other_forms_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ValidationSection.model_validate(fields)
+
+
+def test_a_missing_folder_of_suites_is_refused_by_the_launcher_too(
+    config_of: Configs, tmp_path: Path
+) -> None:
+    config = config_of(validation={"suites": ["sciq"], "suite_folder": tmp_path / "absent"})
+
+    with pytest.raises(ConfigError, match="absent is not a folder"):
+        open_data(config, 0, 1)
 
 
 def test_suites_without_rows_are_refused_before_the_run_has_a_folder(
