@@ -96,7 +96,8 @@ def _find_base(shards: Path, text_format: TextFormat) -> Base | None:
         metas = sorted((run / "checkpoints").glob("step-*/meta.json"))
         try:
             fields = read_json(metas[-1])
-            is_same = TextFormat.from_dict(fields["text_format"]) == text_format
+            found = TextFormat.from_dict(fields["text_format"])
+            is_same = found.as_base_of(text_format) == text_format
             config = checked("config", fields["config"], dict)
             sections = {key: checked(key, config.get(key, {}), dict) for key in _OF_A_MODEL}
             base, age = Base(run, {**config, **sections}), metas[-1].stat().st_mtime

@@ -151,6 +151,12 @@ class TextFormat:
             )
         return replace(self, direction=direction)
 
+    def as_base_of(self, other: "TextFormat") -> "TextFormat":
+        """The format of a model that is trained further as another: of both, one is used."""
+        if self.both and not other.both:
+            return replace(self, direction=other.direction, both=False)
+        return self
+
     def require_same(self, other: "TextFormat", this: str, that: str) -> None:
         """Raises TokenizerMismatchError or DirectionMismatchError unless the formats are equal.
 

@@ -55,9 +55,7 @@ def _require_fit(
     base_format = description.text_format
     if description.is_foreign:  # it may be trained in another direction
         base_format = replace(base_format, direction=text_format.direction, unit=text_format.unit)
-    elif base_format.both and not text_format.both:  # one of its directions is trained further
-        base_format = replace(base_format, direction=text_format.direction, both=False)
-    base_format.require_same(text_format, f"init_from {base}", run)
+    base_format.as_base_of(text_format).require_same(text_format, f"init_from {base}", run)
     theirs = {"vocab_size": description.vocab_size, **description.shape.architecture()}
     ours = {"vocab_size": vocab_size, **shape.architecture()}
     differing = [name for name in ours if theirs[name] != ours[name]]

@@ -146,6 +146,8 @@ def test_a_missing_key_is_reported_with_its_section(tmp_path: Path) -> None:
         ("model.num_layers=2.5", "model.num_layers = 2.5"),
         ("zero.stage=4", "zero.stage = 4"),
         ("data.direction=sideways", "data.direction = 'sideways'"),
+        ("data.forward_share=0.3", "forward_share is for models of both directions only"),
+        ("validation.direction=forward", "validation.direction is for models of both directions"),
         ("training.precision=fp16", "training.precision = 'fp16'"),
         ("checkpoint.keep_last=1", "checkpoint.keep_last = 1"),
         ("training.seed=-1", "training.seed = -1"),

@@ -131,8 +131,8 @@ def test_an_epoch_has_the_rows_of_our_own_loader(
         assert_same(found, own_batches(tiny_shards, steps, rank, world_size))
 
 
-@pytest.mark.parametrize("direction", ["backward", "forward"])
-def test_both_directions_have_the_rows_of_our_own_loader(tiny_shards: Path, direction: Any) -> None:
+@pytest.mark.parametrize("direction", ["backward", "forward", "both"])
+def test_all_directions_have_the_rows_of_our_own_loader(tiny_shards: Path, direction: Any) -> None:
     dataset = opened(tiny_shards, direction=direction)
     expected = own_batches(tiny_shards, range(dataset.steps_per_epoch), direction=direction)
     assert_same(together(iter(loaded(dataset, 0))), expected)
@@ -365,6 +365,8 @@ def test_examples_cannot_be_read_forward_or_mixed_with_documents(
 ) -> None:
     with pytest.raises(DirectionMismatchError, match="'forward'"):
         opened(instruct_shards, direction="forward")
+    with pytest.raises(DirectionMismatchError, match=r"use data\.direction=backward, also to"):
+        opened(instruct_shards, direction="both")
     with pytest.raises(ConfigError, match="documents and instruction examples cannot be mixed"):
         opened({str(instruct_shards): 1.0, str(tiny_shards): 1.0})
 

@@ -373,6 +373,10 @@ def test_the_format_of_both_directions_is_used_in_either_and_differs_from_one() 
     assert TextFormat.from_dict(both.to_dict()) == both
     forward = both.using(Direction.FORWARD, "a")
     assert (forward.direction, forward.directions) == (Direction.FORWARD, Directions.BOTH)
+    for direction in Direction:
+        single = replace(both, direction=direction, both=False)
+        assert both.as_base_of(single) == single
+        assert single.as_base_of(both) == single
     with pytest.raises(DirectionMismatchError, match="'both' and b has direction 'backward'"):
         both.require_same(replace(both, both=False), "a", "b")
     with pytest.raises(DirectionMismatchError, match="a writes backward only, not forward"):

@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline.errors import DirectionMismatchError, TokenizerMismatchError
 from data_pipeline.shards.data_set import DataSet
-from data_pipeline.text.codec import Direction, TextCodec
+from data_pipeline.text.codec import Direction, TextCodec, Unit
 from megaback.inference.device_pool import DevicePool
 from megaback.model.gpt import ReverseGPT
 from megaback.scoring import quality
@@ -115,6 +115,19 @@ def test_the_models_must_be_of_both_directions(
     backward = folder_of(Direction.BACKWARD)
     with pytest.raises(DirectionMismatchError, match="the forward model writes backward"):
         QualityScorer.load(backward, backward, DataSet.open(finished))
+
+
+def test_a_model_of_both_directions_is_refused(
+    folder_of: Callable[[Direction], Path],
+    finished: Path,
+    models: dict[Direction, ReverseGPT],
+    codec: Codecs,
+    tmp_path: Path,
+) -> None:
+    of_both = TextCodec(codec().model_bytes, Direction.BACKWARD, Unit.TOKEN, both=True)
+    both = write_model(tmp_path / "both", models[Direction.BACKWARD], of_both, CONTEXT_TOKENS)
+    with pytest.raises(DirectionMismatchError, match="one of these has both; train a pair"):
+        QualityScorer.load(both, folder_of(Direction.BACKWARD), DataSet.open(finished))
 
 
 def test_shards_of_another_tokenizer_are_refused(

@@ -1,5 +1,6 @@
 """Training steps on a fake GPU: the host waits once per step, for the gradient norm."""
 
+from dataclasses import replace
 from functools import partial
 from time import monotonic
 from types import SimpleNamespace
@@ -134,6 +135,33 @@ def test_the_host_waits_once_per_step() -> None:
     # The batches of the next step, with two tensors for sdpa's groups, and numbers to agree on.
     assert len(traffic.to_device) == (3 + 2) * ACCUMULATION_STEPS + 1, traffic
     assert len(traffic.to_host) == 1, traffic
+
+
+def of_both(trainer: OneRankTrainer) -> OneRankTrainer:
+    """The trainer with batches of rows in both directions: five tokens each."""
+    is_forward_N = np.array([True, False, False, True])
+    trainer._run.data.training.at = lambda step: [
+        replace(batch, is_forward_N=is_forward_N, num_forward_targets=10)
+        for batch in batches_of(step)
+    ]
+    return trainer
+
+
+@pytest.mark.usefixtures("_alone")
+@on_fake_gpu
+def test_losses_of_both_directions_are_apart_without_a_wait() -> None:
+    on_gpu = of_both(OneRankTrainer(moved(make_model()), gpu()))
+    on_cpu = of_both(OneRankTrainer(make_model(), CPU))
+    on_cpu.take_steps(3)
+
+    traffic = traffic_of_a_step(on_gpu)
+
+    assert len(traffic.syncs) == 1
+    assert len(traffic.to_device) == (3 + 2 + 1) * ACCUMULATION_STEPS + 1, traffic
+    assert len(traffic.to_host) == 1, traffic
+    expected = on_cpu._ahead.forward_nats()
+    assert on_gpu._ahead.forward_nats() == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected < on_cpu._ahead.nats()
 
 
 @pytest.mark.usefixtures("_alone")
