@@ -27,13 +27,13 @@ def open_base(
     """Weights of a base: a model's folder, a run, or one of its checkpoints.
 
     `shape`, `vocab_size` and `text_format` are the run's; `run` is its name for messages. Of
-    several ranks, each verifies a part of a checkpoint's files. Raises
-    CheckpointMissingError, CheckpointCorruptError, TokenizerMismatchError, DirectionMismatchError,
+    several ranks, each verifies a part of the files. Raises CheckpointMissingError,
+    CheckpointCorruptError, TokenizerMismatchError, DirectionMismatchError,
     RunMismatchError.
     """
     if (base / MODEL_CONFIG_NAME).is_file():
         _require_fit(read_description(base), shape, vocab_size, base, text_format, run)
-        return open_source(base)
+        return open_source(base, part, parts)
     if not base.exists():
         raise CheckpointMissingError(
             f"init_from {base} does not exist; give a folder of `megaback convert`, a run, or one "

@@ -263,11 +263,17 @@ def _describe_foreign(folder: Path) -> ModelDescription:
 
 
 def open_weights(
-    folder: Path, description: ModelDescription, *, verify: bool = True
+    folder: Path,
+    description: ModelDescription,
+    *,
+    verify: bool = True,
+    part: int = 0,
+    parts: int = 1,
 ) -> StoredWeights:
     """Open the weights of a folder, and detect files that other programs have written.
 
-    Their headers are compared with the description. Without `verify` nothing else is read. Raises
+    Their headers are compared with the description. Without `verify` nothing else is read; of
+    several ranks, each verifies a part of the files. Raises
     CheckpointCorruptError for weights that are missing, truncated, altered or of another model.
     """
     stored = StoredWeights(folder)
@@ -279,7 +285,7 @@ def open_weights(
     sizes, sums = _files_in_config(folder, fields)
     sums |= read_sums(folder)
     if verify:
-        stored.verify(sums)
+        stored.verify(sums, part, parts)
     else:
         stored.changed = [
             name for name in stored.changed if sizes.get(name) != (folder / name).stat().st_size

@@ -47,12 +47,13 @@ class WeightSource:
         return {name: (dtype, shape) for name, shape in self.shapes.items()}
 
 
-def open_source(path: Path) -> WeightSource:
-    """Verify and open a model folder, run or checkpoint.
+def open_source(path: Path, part: int = 0, parts: int = 1) -> WeightSource:
+    """Verify (a part of) and open a model folder, run or checkpoint.
 
     Raises CheckpointMissingError, CheckpointCorruptError, and the errors of `read_description`.
     """
-    return _from_folder(path) if (path / MODEL_CONFIG_NAME).is_file() else open_checkpoint(path)
+    is_folder = (path / MODEL_CONFIG_NAME).is_file()
+    return (_from_folder if is_folder else open_checkpoint)(path, part, parts)
 
 
 def open_checkpoint(path: Path, part: int = 0, parts: int = 1) -> WeightSource:
@@ -101,9 +102,9 @@ def _tokenizer_of(target: Path, meta: CheckpointMeta) -> bytes:
     return content
 
 
-def _from_folder(folder: Path) -> WeightSource:
+def _from_folder(folder: Path, part: int, parts: int) -> WeightSource:
     description = read_description(folder)
-    stored = open_weights(folder, description)
+    stored = open_weights(folder, description, part=part, parts=parts)
     stored.report_changed()
     if stored.changed:
         description = replace(description, val_loss=None)  # it was measured with other weights

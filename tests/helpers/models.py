@@ -30,6 +30,7 @@ def write_model(
     context_tokens: int = CONTEXT_TOKENS,
     *,
     on_examples: bool = False,
+    max_file_bytes: int = 1 << 30,
 ) -> Path:
     """Write a folder as `megaback convert --to full` does."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +45,8 @@ def write_model(
     )
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     specs = {name: (weight.dtype, tuple(weight.shape)) for name, weight in weights.items()}
-    write_model_folder(folder, description, specs, weights.__getitem__, codec.model_bytes, 1 << 30)
+    read, tokenizer = weights.__getitem__, codec.model_bytes
+    write_model_folder(folder, description, specs, read, tokenizer, max_file_bytes)
     return folder
 
 
