@@ -58,6 +58,24 @@ def test_a_writer_writes_both_ways_and_streams_in_the_asked_one(folder: Path) ->
     assert forward.complete_many([BEGINNING])[0].startswith(BEGINNING)
 
 
+def test_a_sample_past_its_context_keeps_the_marker(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = megaback.load(folder, direction="forward")
+    read: list[list[int]] = []
+    read_steps = writer.decoder.read_steps
+
+    def noting(ids: list[int]) -> Any:
+        read.append(list(ids))
+        return read_steps(ids)
+
+    monkeypatch.setattr(writer.decoder, "read_steps", noting)
+    writer.complete_forwards(BEGINNING, max_new_tokens=2 * CONTEXT_TOKENS, min_new_tokens=100)
+
+    assert len(read) > 2
+    assert {ids[0] for ids in read} == {writer.codec.begin_id}
+
+
 @pytest.mark.parametrize(
     ("direction", "marker"), [("backward", BEGIN_PIECE), ("forward", END_PIECE)]
 )
