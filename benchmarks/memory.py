@@ -105,6 +105,7 @@ def _status(name: str) -> int:
 def serve() -> None:
     """A rank: reads a line of overrides per run, and prints the run's peaks in bytes."""
     import torch
+    import torch._dynamo  # as DeepSpeed does at stage 3
 
     from megaback.checkpoints import pipeline
     from megaback.checkpoints.saver import CheckpointSaver
