@@ -17,6 +17,8 @@ from megaback.profiling.parts import OTHER, part_of
         ("cudaStreamSynchronize", "host waits"),
         ("aten::nll_loss_forward", "head and loss"),
         ("triton_poi_fused_mul_silu_0", "compiled elementwise"),
+        ("CompiledFunctionBackward", "compiled elementwise"),  # and the next, of a trace on a CPU
+        ("Torch-Compiled Region: 14/0", "compiled elementwise"),
         ("Memcpy HtoD (Pinned -> Device)", "copies and casts"),
         ("aten::mul", "elementwise"),
         ("megaback:forward", OTHER),
