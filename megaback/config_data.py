@@ -14,6 +14,8 @@ from megaback.config_section import Section
 Address = Annotated[str, AfterValidator(kept)]
 """A path or URL. Its secrets are in environment variables, so that no copy of a config has them."""
 
+DEFAULT_FORWARD_SHARE = 0.5
+
 
 class WeightedShards(Section):
     path: Address
@@ -77,7 +79,7 @@ class DataSection(Section):
     @property
     def share_read_forward(self) -> float | None:
         """Share of the training rows that a model of both directions reads forward; else None."""
-        return (self.forward_share or 0.5) if self.is_both else None
+        return (self.forward_share or DEFAULT_FORWARD_SHARE) if self.is_both else None
 
     @model_validator(mode="after")
     def _share_of_both(self) -> "DataSection":

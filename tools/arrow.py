@@ -19,6 +19,7 @@ from data_pipeline.common.terminal import echo, print_table
 from data_pipeline.errors import CheckpointMissingError, ConfigError
 from megaback.config import Config
 from megaback.config_file import load_config
+from megaback.data import open_data
 from megaback.faults.run_ownership import require_run_folder
 from megaback.faults.stop_request import local_time_of
 from megaback.scoring.paired_difference import PairedDifference
@@ -207,6 +208,9 @@ def main(
     if not measure_only:
         train((), runs)
     pairs = [TrainedPair.find(*pair) for pair in zip(runs[::2], runs[1::2], strict=True)]
+    fingerprint = open_data(settings, 0, 1).fingerprint
+    for pair in pairs:
+        pair.require_config(settings, fingerprint)
     arrow = compare(settings, pairs, device, limit)
     write_arrow(settings, arrow)
     print_table(SafeConsole(), table_of(arrow))

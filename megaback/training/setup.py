@@ -28,6 +28,7 @@ from megaback.checkpoints.fetching import fetch_newest
 from megaback.checkpoints.remote_copy import CopyTarget, newest_meta
 from megaback.checkpoints.state import load_weights, refresh_copies
 from megaback.config import Config, ModelSection
+from megaback.config_data import DEFAULT_FORWARD_SHARE
 from megaback.data import Data, open_data
 from megaback.distributed.device_limits import (
     available_memory,
@@ -386,7 +387,7 @@ def _require_same_run(config: Config, data: Data, target: Path, meta: Checkpoint
             f"{config.data.description} has {data.fingerprint[:12]}; "
             "use the same shards, or another run folder"
         )
-    before, now = (_with_whole_model(one) for one in (meta.config, config.model_dump(mode="json")))
+    before, now = (_with_defaults(one) for one in (meta.config, config.model_dump(mode="json")))
     differing = differing_keys(before, now, _FIXED_KEYS)
     if differing:
         has = "the same value" if len(differing) == 1 else "the same values"
@@ -396,7 +397,11 @@ def _require_same_run(config: Config, data: Data, target: Path, meta: Checkpoint
         )
 
 
-def _with_whole_model(fields: dict[str, Any]) -> dict[str, Any]:
-    """A config with the model's defaults explicit, since `null` may equal the other's value."""
+def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
+    """A config with defaults explicit, since `null` may equal the other's value."""
     model = ModelSection.model_validate(fields["model"]).resolved()
-    return fields | {"model": model.model_dump(mode="json")}
+    share = fields["data"].get("forward_share") or DEFAULT_FORWARD_SHARE
+    return fields | {
+        "model": model.model_dump(mode="json"),
+        "data": fields["data"] | {"forward_share": share},
+    }

@@ -196,7 +196,8 @@ def test_finished_runs_are_measured_without_training(copied_run: Path, config_pa
     before = json.loads((copied_run / "arrow.json").read_text())
     (copied_run / "arrow.json").unlink()
 
-    result = arrow(config_path, f"run={copied_run}", *OPTIONS, "--measure-only")
+    of_both = ("data.direction=both", "data.forward_share=0.4", "validation.direction=forward")
+    result = arrow(config_path, f"run={copied_run}", *OPTIONS, "--measure-only", *of_both)
 
     assert result.exit_code == 0, result.output
     assert "ranks" not in result.output  # as training logs it
@@ -283,6 +284,19 @@ def test_a_model_of_the_other_direction_is_refused(copied_run: Path, config_path
     result = arrow(config_path, f"run={copied_run}", *OPTIONS, "--measure-only")
 
     assert_refused(result, DirectionMismatchError, "writes backward", "seed-3/forward")
+
+
+def test_runs_of_another_config_are_refused_and_their_result_is_kept(
+    copied_run: Path, config_path: Path
+) -> None:
+    before = (copied_run / "arrow.json").read_bytes()
+
+    options = (f"run={copied_run}", *OPTIONS, "--measure-only", "model.num_layers=5")
+
+    assert_refused(
+        arrow(config_path, *options), RunMismatchError, "model.num_layers = 2", "config has 5"
+    )
+    assert (copied_run / "arrow.json").read_bytes() == before
 
 
 def test_runs_of_unequal_length_are_not_compared(copied_run: Path, config_path: Path) -> None:

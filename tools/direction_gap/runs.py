@@ -48,6 +48,8 @@ class ArrowRun:
             f"run={self.folder}",
             f"training.seed={self.seed}",
             f"data.direction={self.direction.value}",
+            "data.forward_share=null",  # settings of models of both directions
+            "validation.direction=null",
         )
 
 

@@ -133,6 +133,21 @@ def test_a_resume_with_another_model_is_refused_and_the_record_is_kept(
     assert read_history(run.config.run) == history
 
 
+def test_the_default_share_of_forward_rows_may_be_given_on_resume_and_no_other(
+    config_of: Configs, training_world: World
+) -> None:
+    both = {**config_of().data.model_dump(mode="json"), "direction": "both"}
+    with prepared(config_of(data=both), training_world) as run:
+        save(run, 2, training_world)
+
+    with prepared(config_of(data={**both, "forward_share": 0.5}), training_world) as run:
+        assert run.start_step == 2
+
+    error = refused(config_of(data={**both, "forward_share": 0.4}), training_world)
+    assert isinstance(error, RunMismatchError)
+    assert "data.forward_share = 0.5, and the config has data.forward_share = 0.4" in str(error)
+
+
 def test_a_run_with_no_steps_left_is_reported_and_recorded_as_finished(
     config_of: Configs, training_world: World
 ) -> None:
