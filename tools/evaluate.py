@@ -249,6 +249,8 @@ def main(
 ) -> None:
     """Evaluate the model in DIR on one or several suites."""
     suite_names = [*dict.fromkeys(name for some in names for name in some.split(","))]
+    if against is None and against_direction is not None:
+        raise ConfigError("--against-direction is of --against, which is missing; add it")
     if against is not None and not set(suite_names) <= set(_BENCHMARKS):
         raise ConfigError("--against compares benchmarks only; run the other suites by themselves")
     if plot is not None:

@@ -82,6 +82,8 @@ def test_other_suites_are_refused(saved: Path, folders: dict[Direction, Path]) -
     assert result.exit_code == 2
     result = evaluate(folder, "--suite", "bits-per-byte", "--against", folder)
     assert "compares benchmarks only" in result.output
+    result = evaluate(folder, "--suite", "openbookqa", "--against-direction", "forward")
+    assert "--against, which is missing" in result.output
     result = evaluate(folder, "--suite", "lambada", "--plot", saved / "a.png")
     assert "no suite has one" in result.output
     result = evaluate(folder, "--suite", "openbookqa", "--plot", saved / "a.pdf")
