@@ -7,6 +7,7 @@ that fits the context is one window, with both markers, so that both losses are 
 Documents are read in blocks of bounded size, in passes that do not depend on the devices.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -27,6 +28,8 @@ from megaback.inference.placement import choose_dtype, dtype_name
 from megaback.scoring.directions import Ids, Markers, Window, continuation, windows_of
 from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import ModelDescription, read_description
+
+_LOG = logging.getLogger("megaback.scoring")
 
 _Carried = TypeVar("_Carried")
 _BLOCK_TOKENS = 1 << 18
@@ -98,6 +101,13 @@ class QualityScorer:
         folders = dict(zip(_DIRECTIONS, map(model_folder, (forward, backward)), strict=True))
         described = {name: read_description(folder) for name, folder in folders.items()}
         _require_usable(described, data_set)
+        steps = {one.step for one in described.values()}
+        if len(steps) > 1:
+            _LOG.warning(
+                "the models were trained for %s steps: the quality also has the advantage of the "
+                "longer trained one; use a pair of `megaback arrow`",
+                " and ".join(f"{one.step:,}" for one in described.values()),
+            )
         devices = choose_devices(device)
         on = choose_dtype(dtype, devices[0])
         pools = {name: DevicePool(folder, devices, on) for name, folder in folders.items()}

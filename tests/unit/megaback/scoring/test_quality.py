@@ -1,5 +1,6 @@
 """Quality of documents: the losses of `megaback arrow`, for any cut into blocks."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +129,29 @@ def test_a_model_of_both_directions_is_refused(
     both = write_model(tmp_path / "both", models[Direction.BACKWARD], of_both, CONTEXT_TOKENS)
     with pytest.raises(DirectionMismatchError, match="one of these has both; train a pair"):
         QualityScorer.load(both, folder_of(Direction.BACKWARD), DataSet.open(finished))
+
+
+def test_a_longer_trained_model_is_reported(
+    finished: Path,
+    models: dict[Direction, ReverseGPT],
+    codec: Codecs,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    forward, backward = (
+        write_model(tmp_path / one.value, models[one], codec(one), CONTEXT_TOKENS)
+        for one in (Direction.FORWARD, Direction.BACKWARD)
+    )
+    QualityScorer.load(forward, backward, DataSet.open(finished), "cpu").close()
+    assert not caplog.records
+
+    config = backward / "config.json"
+    fields = json.loads(config.read_text())
+    fields["step"] = 1234
+    config.write_text(json.dumps(fields))
+    QualityScorer.load(forward, backward, DataSet.open(finished), "cpu").close()
+
+    assert "and 1,234 steps" in caplog.text
 
 
 def test_shards_of_another_tokenizer_are_refused(
