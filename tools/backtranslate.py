@@ -221,15 +221,21 @@ def main(
 
     Run the same command again to resume. --keep and --min-score may be changed afterwards.
     """
+    from megaback.weights.model_folder import read_description
+
     output = ResumableOutput(out, tasks, task_index)
     output.require((source, folder, forward))
     folder = converted(folder)
     forward = None if forward is None else converted(forward)
+    for model, direction in ((folder, Direction.BACKWARD), (forward, Direction.FORWARD)):
+        if model is not None:
+            read_description(model, direction)
     columns = Columns(text_column)
     listing = list_source(source, columns, max_record_bytes=max_record_bytes)
     pieces = listing.slices
     for line in skipped_lines(listing.skipped):
         click.echo(line, err=True)
+    next(_texts(pieces, columns, 1, max_record_bytes), None)  # fails before the folder is claimed
     plan = {
         **_FORMAT,
         "model": identity(folder),

@@ -125,18 +125,18 @@ def main(
     if not data_set.manifest.split(split):
         raise SourceEmptyError(f"the {split} set of {shards} is empty; choose another --split")
     forward, backward = converted(forward), converted(backward)
-    plan = {
-        **_FORMAT,
-        "--forward": identity(forward),
-        "--backward": identity(backward),
-        "data set": data_set.manifest.fingerprint,
-        "--split": split,
-        "--tasks": tasks,
-        "--dtype": dtype,
-    }
     from megaback.scoring.quality import QualityScorer
 
     with QualityScorer.load(forward, backward, data_set, device, dtype) as scorer:
+        plan = {
+            **_FORMAT,
+            "--forward": identity(forward),
+            "--backward": identity(backward),
+            "data set": data_set.manifest.fingerprint,
+            "--split": split,
+            "--tasks": tasks,
+            "--dtype": scorer.dtype,  # of `auto`, which another device may choose otherwise
+        }
         output.claim(plan)
         for task in output.waiting:
             _do_task(output, task, data_set, split, scorer)

@@ -205,6 +205,7 @@ def test_conflicting_inputs_are_refused_and_nothing_is_lost(
     for options, exit_code, message in cases:
         result = translate(*options, out=tmp_path / f"refused-{exit_code}.jsonl")
         assert (result.exit_code, message in result.output) == (exit_code, True), result.output
+        assert not work_folder(tmp_path / f"refused-{exit_code}.jsonl").exists()
 
     out.write_text("mine\n")
     assert translate().exit_code == 44

@@ -114,6 +114,8 @@ def test_kills_and_tasks_change_no_byte(
         assert shared.exists() == (task == "0")
     assert shared.read_bytes() == whole.read_bytes()
     assert "another --split" in score(finished, whole, "--split", "val").stderr
+    assert score(finished, whole, "--dtype", "float32").exit_code == 0  # what auto chose
+    assert "another --dtype" in score(finished, whole, "--dtype", "bfloat16").stderr
 
 
 def test_a_wrong_pair_of_models_leaves_no_work_folder(
