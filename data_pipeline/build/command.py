@@ -207,7 +207,7 @@ def _indices(text: str) -> range:
         "megaback shards build --source pydocs --out data/pydocs --tokenizer "
         "data/tokenizer/tokenizer.model",
         "megaback shards build --source 'books/*.jsonl.zst' --weight 2.5 --source "
-        "hf:HuggingFaceFW/fineweb:sample-100BT --weight 1 --tokenizer "
+        "hf:HuggingFaceFW/fineweb-edu:sample-100BT --weight 1 --tokenizer "
         "data/tokenizer/tokenizer.model --out data/mixed",
         "megaback shards build --out data/planned --task-index 0-31",
     ),

@@ -163,8 +163,8 @@ def _holds_something_else(out: Path) -> bool:
     epilog=examples(
         "megaback shards plan --source 'books/*.jsonl.zst' --out data/books --tokenizer "
         "data/tokenizer/tokenizer.model",
-        "megaback shards plan --source hf:HuggingFaceFW/fineweb:sample-100BT --tokenizer "
-        "data/tokenizer/tokenizer.model --out data/fineweb --tasks 256 --language en "
+        "megaback shards plan --source hf:HuggingFaceFW/fineweb-edu:sample-100BT --tokenizer "
+        "data/tokenizer/tokenizer.model --out data/fineweb-edu --tasks 256 --language en "
         "--min-characters 200",
     ),
 )

@@ -271,7 +271,7 @@ def _measure(model: bytes, sentences: Sequence[str]) -> _Fit:
     name="train",
     epilog=examples(
         "megaback tokenizer train --source pydocs --out data/tokenizer",
-        "megaback tokenizer train --source hf:HuggingFaceFW/fineweb:sample-10BT --out "
+        "megaback tokenizer train --source hf:HuggingFaceFW/fineweb-edu:sample-10BT --out "
         "data/tokenizer --vocab-size 32000",
     ),
     help="Train a SentencePiece tokenizer on a sample from all parts of the sources.",
