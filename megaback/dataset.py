@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from data_pipeline.common import number_ranges as ranges
 from data_pipeline.errors import ConfigError, RunMismatchError
+from data_pipeline.loading.order import ORDER_VERSION, require_order_version
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch
 from megaback.config import BatchSection, TrainingSection
 from megaback.config_data import DataSection
@@ -271,7 +272,7 @@ class RowDataset(IterableDataset[Rows]):
         rows = self._rows()
         try:
             epoch, step, row = (int(state[key]) for key in ("epoch", "step", "row"))
-            order, world_size = dict(state["order"]), int(state["world_size"])
+            order, world_size = {"version": 1, **state["order"]}, int(state["world_size"])
             worker = state.get("worker")
             worker = None if worker is None else (int(worker[0]), int(worker[1]))
             if any(ranges.COUNT_OR_ZERO.problem(one) for one in (epoch, step, row)):
@@ -281,6 +282,7 @@ class RowDataset(IterableDataset[Rows]):
                 "load_state_dict: `state` is not a state of open_dataset's data set; with "
                 "torchdata, load the state of a StatefulDataLoader into a StatefulDataLoader"
             ) from None
+        require_order_version(order["version"], "load_state_dict: the state")
         for name, here in self._order(rows).items():
             if order.get(name) != here:
                 raise RunMismatchError(
@@ -415,8 +417,9 @@ class RowDataset(IterableDataset[Rows]):
         return self._cached[1]
 
     def _order(self, rows: RankRows) -> State:
-        """Arguments that determine the rows of a step, by name."""
+        """Version and arguments that determine the rows of a step, by name."""
         return {
+            "version": ORDER_VERSION,
             "shards": self._shards().fingerprint,
             "context_tokens": self._batch.context_tokens,
             "global_batch_rows": rows.rank_rows * rows.world_size,

@@ -15,19 +15,26 @@ import click
 import numpy as np
 import numpy.typing as npt
 
+from data_pipeline.common.checked_json import read_json
 from data_pipeline.common.command import Command, examples
 from data_pipeline.common.number_ranges import COUNT_OR_ZERO, MANY, MAX_EPOCH
 from data_pipeline.common.shared_options import json_option
-from data_pipeline.errors import ConfigError, SourceMissingError, SourceUnreadableError
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    ConfigError,
+    SourceMissingError,
+    SourceUnreadableError,
+)
 from data_pipeline.loading.loader import Stream
 from data_pipeline.loading.mixture import Mixture
-from data_pipeline.loading.order import Indices
+from data_pipeline.loading.order import Indices, require_order_version
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.manifest import SPLITS, ShardEntry
 from data_pipeline.shards.traversal import on_threads
 from megaback.config_file import load_config
 from megaback.data import Data, open_data
 from megaback.faults.run_ownership import config_of_run
+from megaback.run_folder import META_NAME, complete_checkpoints
 
 _Ids = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -229,6 +236,20 @@ def uses_of_document(
     ]
 
 
+def _require_order_of_run(run: Path) -> None:
+    """Raises RunMismatchError for a run of another version of the order."""
+    for checkpoint in complete_checkpoints(run)[-1:]:
+        path = checkpoint / META_NAME
+        try:
+            version = read_json(path).get("order_version", 1)
+        except (OSError, ValueError, AttributeError) as error:
+            raise CheckpointCorruptError(
+                f"{path} cannot be read ({error}), which has the version of the run's order; "
+                "restore it, or name the run's config file"
+            ) from None
+        require_order_version(version, str(run))
+
+
 def _read_text(file: IO[bytes]) -> str:
     try:
         return file.read().decode("utf-8", "surrogatepass")  # as `shards inspect` writes it
@@ -367,6 +388,8 @@ def main(
         raise ConfigError(
             "--shards needs --document; --text searches all data sets, so remove --shards"
         )
+    if config.is_dir():
+        _require_order_of_run(config)
     path = config_of_run(config) if config.is_dir() else config
     settings = load_config(path, overrides)
     data = open_data(settings, 0, world_size or 1)

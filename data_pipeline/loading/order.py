@@ -17,7 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.errors import BatchError, ConfigError
+from data_pipeline.errors import BatchError, ConfigError, RunMismatchError
+
+ORDER_VERSION = 1
+"""Version of the order: of this module, `mixture`, `row_grid` and `directions`. A change that gives
+any existing run other rows needs the next number."""
 
 _FEISTEL_ROUNDS = 6
 MAX_AUTOMATIC_LANES = 1024
@@ -137,6 +141,16 @@ class Order:
 
     def _frame_key(self, epoch: Indices) -> _Words:
         return _key(self.seed, 0, _once_if_equal(epoch))
+
+
+def require_order_version(version: object, origin: str) -> None:
+    """Require that `origin` was ordered by this version. Raises RunMismatchError."""
+    if version != ORDER_VERSION:
+        raise RunMismatchError(
+            f"{origin} has version {version} of the order of rows, and this megaback has version "
+            f"{ORDER_VERSION}, which would give it other rows; use the megaback that began it, or "
+            "begin again (a run from its weights: init_from)"
+        )
 
 
 def choose_lanes(num_frames: int, global_batch_rows: int) -> int:

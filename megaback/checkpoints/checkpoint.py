@@ -85,6 +85,8 @@ class CheckpointMeta:
     """Index of the files' runs; None in checkpoints of earlier versions."""
     start: str | None = None
     """ID of the start of the run that saved it."""
+    order_version: int = 1
+    """Version of the order of its rows (`data_pipeline.loading.order`)."""
 
     @property
     def is_finite(self) -> bool:
@@ -254,6 +256,7 @@ def _require_plausible(meta: CheckpointMeta) -> None:
     require_within("world_size", meta.world_size, 1, int(MANY.max))
     require_within("zero_stage", meta.zero_stage, 0, 3)
     require_within("vocab_size", meta.vocab_size, 1, MAX_VOCABULARY)
+    require_within("order_version", meta.order_version, 1, INT64_MAX)
     for name, (num_bytes, sha256) in meta.files.items():
         plain_name(name, FILE_NAME)
         require_within(f"the size of {name}", num_bytes, 0, INT64_MAX)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import IO, Any
 
+from data_pipeline.loading.order import ORDER_VERSION
 from megaback.checkpoints.checkpoint import CheckpointMeta
 from megaback.checkpoints.state import num_updates
 from megaback.config import Config
@@ -70,6 +71,7 @@ class Run:
             files={},
             on_examples=self.data.data_sets[0].manifest.row_tokens is not None,
             start=self.watchdog.fence.start_id,
+            order_version=ORDER_VERSION,
         )
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.atomic import write_text
-from data_pipeline.common.differences import differing_keys, shown_values
 from data_pipeline.common.local_paths import local_path
 from data_pipeline.common.output_paths import require_apart
 from data_pipeline.errors import (
@@ -21,14 +20,12 @@ from data_pipeline.errors import (
     LaunchError,
     MegabackError,
     OutputExistsError,
-    RunMismatchError,
 )
 from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, newest_checkpoint
 from megaback.checkpoints.fetching import fetch_newest
 from megaback.checkpoints.remote_copy import CopyTarget, newest_meta
 from megaback.checkpoints.state import load_weights, refresh_copies
-from megaback.config import Config, ModelSection
-from megaback.config_data import DEFAULT_FORWARD_SHARE
+from megaback.config import Config
 from megaback.data import Data, open_data
 from megaback.distributed.device_limits import (
     available_memory,
@@ -65,6 +62,7 @@ from megaback.run_folder import (
 )
 from megaback.tracking.trackers import require_installed
 from megaback.training.run import Run
+from megaback.training.same_run import require_same_run
 from megaback.training.start import (
     AlreadyTrained,
     Changes,
@@ -76,19 +74,6 @@ from megaback.training.suites import open_suites
 from megaback.weights.init_from import open_base
 
 _LOG = logging.getLogger("megaback.training")
-
-# All other keys may change on resume; these determine the batches or the saved state.
-_FIXED_KEYS = (
-    "model",
-    "batch.context_tokens",
-    "batch.global_batch_rows",
-    "data.lanes",
-    "data.window_frames",
-    "data.forward_share",
-    "training.seed",
-    "training.precision",
-    "optimizer.name",
-)
 
 
 def prepare_run(
@@ -117,7 +102,7 @@ def prepare_run(
     changes: Changes = {}
     if meta is not None:
         target = config.run / CHECKPOINTS_FOLDER / step_name(meta.step)
-        world.run_collectively(_require_same_run, config, data, target, meta)
+        world.run_collectively(require_same_run, config, data, target, meta)
         world.run_collectively(require_readable, config.run)
         changes = changes_on_resume(meta.config, config)
         ended = world.run_collectively(already_trained, config, meta, data.total_steps)
@@ -310,7 +295,7 @@ def _require_copy_target(config: Config, data: Data) -> None:
         return
     if meta is not None:
         try:
-            _require_same_run(config, data, Path(step_name(meta.step)), meta)
+            require_same_run(config, data, Path(step_name(meta.step)), meta)
         except MegabackError as error:
             raise OutputExistsError(
                 f"checkpoint.copy_to {place.name} contains checkpoints of another run, which this "
@@ -374,34 +359,3 @@ def _record_end(
     world.run_collectively(_accept, config, world, config_path, *accepted)
     if world.is_first:
         watchdog.record_exit(0, "finished", ended.reason)
-
-
-def _require_same_run(config: Config, data: Data, target: Path, meta: CheckpointMeta) -> None:
-    """Raises RunMismatchError for a resume with other batches or another model."""
-    meta.format.require_same(
-        data.text_format, f"the checkpoint {target}", f"the run on {config.data.description}"
-    )
-    if meta.data_fingerprint != data.fingerprint:
-        raise RunMismatchError(
-            f"{target} was trained on shards {meta.data_fingerprint[:12]}, but "
-            f"{config.data.description} has {data.fingerprint[:12]}; "
-            "use the same shards, or another run folder"
-        )
-    before, now = (_with_defaults(one) for one in (meta.config, config.model_dump(mode="json")))
-    differing = differing_keys(before, now, _FIXED_KEYS)
-    if differing:
-        has = "the same value" if len(differing) == 1 else "the same values"
-        raise RunMismatchError(
-            f"the run {config.run} began with {shown_values(differing, 0)}, and the config has "
-            f"{shown_values(differing, 1)}; use {has}, or another run folder"
-        )
-
-
-def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
-    """A config with defaults explicit, since `null` may equal the other's value."""
-    model = ModelSection.model_validate(fields["model"]).resolved()
-    share = fields["data"].get("forward_share") or DEFAULT_FORWARD_SHARE
-    return fields | {
-        "model": model.model_dump(mode="json"),
-        "data": fields["data"] | {"forward_share": share},
-    }

@@ -198,6 +198,7 @@ def _facts(meta: "CheckpointMeta", other: "CheckpointMeta") -> Iterator[tuple[st
     yield "step", meta.step, other.step
     yield "updates", meta.updates, other.updates
     yield "the shards", meta.data_fingerprint[:12], other.data_fingerprint[:12]
+    yield "order_version", meta.order_version, other.order_version
     for section in _TRAINED_SECTIONS:
         for key, value in meta.config[section].items():
             yield f"{section}.{key}", value, other.config[section][key]

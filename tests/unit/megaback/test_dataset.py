@@ -387,6 +387,9 @@ def test_an_invalid_or_incompatible_state_is_refused(tiny_shards: Path) -> None:
     for changed in ({"seed": 4}, {"global_batch_rows": 4}, {"direction": "forward"}):
         with pytest.raises(RunMismatchError, match=f"with {next(iter(changed))} "):
             dataset.load_state_dict(opened(tiny_shards, **changed).state_dict())
+    other = {**of_step, "order": {**of_step["order"], "version": 2}}
+    with pytest.raises(RunMismatchError, match=r"has version 2 .* version 1"):
+        dataset.load_state_dict(other)
     dataset.load_state_dict(dataset.state_at(2 * dataset.steps_per_epoch))
     with pytest.raises(ConfigError, match="the loaded state is in epoch 2, after epoch 0"):
         dataset.set_epoch(0)

@@ -23,7 +23,7 @@ from data_pipeline.shards.reader import ShardReader
 from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.data import Data, open_data
-from megaback.run_folder import CONFIG_COPY_NAME
+from megaback.run_folder import CHECKPOINTS_FOLDER, CONFIG_COPY_NAME, META_NAME, step_name
 from tests.helpers.batches import (
     CONTEXT_TOKENS,
     CONTEXTS,
@@ -323,6 +323,22 @@ def test_a_run_folder_is_accepted_in_place_of_a_config(config_path: Path, tmp_pa
     of_run = located(run, "--document", 2)
     assert of_run == located(config_path, *overrides, "--document", 2)
     assert of_run != located(config_path, "--document", 2)
+
+
+@pytest.mark.parametrize(
+    ("meta", "code"), [("{}", 0), ('{"order_version": 2}', 42), ("[]", 41), ("{", 41)]
+)
+def test_a_run_of_another_order_of_rows_is_refused(
+    config_path: Path, tmp_path: Path, meta: str, code: int
+) -> None:
+    run = tmp_path / "run"
+    checkpoint = run / CHECKPOINTS_FOLDER / step_name(7)
+    checkpoint.mkdir(parents=True)
+    (run / CONFIG_COPY_NAME).write_text(load_config(config_path).to_yaml())
+    (checkpoint / META_NAME).write_text(meta)
+    result = locate(run, "--document", 2)
+    assert result.exit_code == code, result.stderr
+    assert (str(run) in result.stderr) == bool(code)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Setup of a run: the lock of its folder, its start record, and the checkpoint to resume from."""
 
+import json
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,13 +9,19 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import LaunchError, MegabackError, RunMismatchError
+from data_pipeline.loading.order import ORDER_VERSION
 from megaback.checkpoints.saver import CheckpointSaver
 from megaback.checkpoints.state import named_state
 from megaback.config import Config
 from megaback.distributed.world import CollectiveExit, World
 from megaback.faults.exit_record import read_exit, read_history
 from megaback.faults.watchdog import Watchdog
-from megaback.run_folder import CHECKPOINTS_FOLDER, LATEST_NAME
+from megaback.run_folder import (
+    CHECKPOINTS_FOLDER,
+    LATEST_NAME,
+    META_NAME,
+    complete_checkpoints,
+)
 from megaback.training.run import Run, batch_arithmetic
 from megaback.training.setup import prepare_run
 from megaback.training.start import AlreadyTrained
@@ -131,6 +138,28 @@ def test_a_resume_with_another_model_is_refused_and_the_record_is_kept(
     assert isinstance(error := refused(other, training_world), RunMismatchError)
     assert "model.num_layers" in str(error)
     assert read_history(run.config.run) == history
+
+
+def test_a_run_of_another_order_of_rows_is_refused_and_one_from_before_versions_resumes(
+    config_of: Configs, training_world: World
+) -> None:
+    config = config_of()
+    with prepared(config, training_world) as run:
+        save(run, 2, training_world)
+    path = complete_checkpoints(config.run)[-1] / META_NAME
+    fields = json.loads(path.read_text())
+    assert fields["order_version"] == ORDER_VERSION
+
+    of_before = {key: value for key, value in fields.items() if key != "order_version"}
+    path.write_text(json.dumps(of_before))
+    with prepared(config, training_world) as run:
+        assert run.start_step == 2
+
+    path.write_text(json.dumps({**fields, "order_version": ORDER_VERSION + 1}))
+    error = refused(config, training_world)
+    assert isinstance(error, RunMismatchError)
+    for version in (f"has version {ORDER_VERSION + 1}", f"has version {ORDER_VERSION},"):
+        assert version in str(error)
 
 
 def test_the_default_share_of_forward_rows_may_be_given_on_resume_and_no_other(

@@ -328,6 +328,7 @@ def test_a_mark_that_names_no_checkpoint_of_its_folder_is_refused(
 _META_FIELDS = (
     *("step", "updates", "world_size", "zero_stage", "precision", "vocab_size", "text_format"),
     *("data_fingerprint", "config", "val_loss", "versions", "files", "on_examples"),
+    "order_version",
 )
 _VALUES = st.recursive(
     st.none()

@@ -1,0 +1,57 @@
+"""Check that a resume continues the run of a checkpoint: same batches, same model."""
+
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.differences import differing_keys, shown_values
+from data_pipeline.errors import RunMismatchError
+from data_pipeline.loading.order import require_order_version
+from megaback.checkpoints.checkpoint import CheckpointMeta
+from megaback.config import Config, ModelSection
+from megaback.config_data import DEFAULT_FORWARD_SHARE
+from megaback.data import Data
+
+# All other keys may change on resume; these determine the batches or the saved state.
+_FIXED_KEYS = (
+    "model",
+    "batch.context_tokens",
+    "batch.global_batch_rows",
+    "data.lanes",
+    "data.window_frames",
+    "data.forward_share",
+    "training.seed",
+    "training.precision",
+    "optimizer.name",
+)
+
+
+def require_same_run(config: Config, data: Data, target: Path, meta: CheckpointMeta) -> None:
+    """Raises RunMismatchError for a resume with other batches or another model."""
+    meta.format.require_same(
+        data.text_format, f"the checkpoint {target}", f"the run on {config.data.description}"
+    )
+    require_order_version(meta.order_version, str(target))
+    if meta.data_fingerprint != data.fingerprint:
+        raise RunMismatchError(
+            f"{target} was trained on shards {meta.data_fingerprint[:12]}, but "
+            f"{config.data.description} has {data.fingerprint[:12]}; "
+            "use the same shards, or another run folder"
+        )
+    before, now = (_with_defaults(one) for one in (meta.config, config.model_dump(mode="json")))
+    differing = differing_keys(before, now, _FIXED_KEYS)
+    if differing:
+        has = "the same value" if len(differing) == 1 else "the same values"
+        raise RunMismatchError(
+            f"the run {config.run} began with {shown_values(differing, 0)}, and the config has "
+            f"{shown_values(differing, 1)}; use {has}, or another run folder"
+        )
+
+
+def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
+    """A config with defaults explicit, since `null` may equal the other's value."""
+    model = ModelSection.model_validate(fields["model"]).resolved()
+    share = fields["data"].get("forward_share") or DEFAULT_FORWARD_SHARE
+    return fields | {
+        "model": model.model_dump(mode="json"),
+        "data": fields["data"] | {"forward_share": share},
+    }
