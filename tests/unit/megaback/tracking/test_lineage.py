@@ -58,6 +58,10 @@ def test_a_base_may_be_a_converted_model(tmp_path: Path) -> None:
     found = lineage(run_config(tmp_path / "run", init_from=tmp_path), 0)
 
     assert found["base"] == identity(tmp_path / "config.json", 7)
+    (tmp_path / "SHA256SUMS").write_text("00  model.safetensors\n")  # config.json has no hashes
+    found = lineage(run_config(tmp_path / "run", init_from=tmp_path), 0)
+
+    assert found["base"] == identity(tmp_path / "SHA256SUMS", 7)
 
 
 def test_a_base_without_a_description_is_named_by_its_path(tmp_path: Path) -> None:
