@@ -22,6 +22,7 @@ _Commands = dict[str, tuple[str, str]]
 # name: (module that serves it, short help)
 _COMMANDS: _Commands = {
     "plan": ("launcher.plan", "Estimate a run's memory, time, network and disk."),
+    "config": ("tools.config", "Show a config with its defaults, or explain its keys."),
     "rehearse": ("launcher.rehearse", "Rehearse single ranks of a large run on this machine."),
     "profile": ("launcher.profile", "Profile training steps: time by part, trace, memory."),
     "submit": ("launcher.slurm.submit", "Check a run, and submit it to a Slurm cluster."),

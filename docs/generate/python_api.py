@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator
 
 import megaback
-from docs.generate import source
 from docs.generate.markdown import code, prose, table
 from megaback import errors
+from megaback import source_definitions as source
 
 _BEGINNING = """\
 # Python API
