@@ -113,8 +113,8 @@ def select(
 ) -> Manifest:
     """Write the best fraction `keep` of the documents to the folder `out`; returns its manifest.
 
-    Raises ConfigError for instruction examples, BadRecordError for scores of other shards,
-    OutputExistsError, and the errors of shards.
+    Raises ConfigError for instruction examples or an empty split, BadRecordError for scores of
+    other shards, OutputExistsError, and the errors of shards.
     """
     require_output_folder(out, (shards, scores), overwrite=overwrite)
     data_set = DataSet.open(shards)
@@ -126,6 +126,7 @@ def select(
         )
     found = read_scores(scores, key, manifest)
     chosen = dict(zip(found, best(found.values(), keep, lowest=lowest), strict=True))
+    _require_every_split(manifest, chosen, keep)
     num_kept = sum(int(keeps.sum()) for keeps in chosen.values())
     num_scored = sum(map(len, chosen.values()))
     which = "lowest" if lowest else "highest"
@@ -167,6 +168,18 @@ def select(
         )
         selected.save(folder)
     return selected
+
+
+def _require_every_split(manifest: Manifest, chosen: dict[str, Keep], keep: float) -> None:
+    """Raises ConfigError if no document of a split is among the best of all."""
+    for split in SPLITS:
+        files = [entry.file for entry in manifest.split(split)]
+        if files and all(file in chosen and not chosen[file].any() for file in files):
+            raise ConfigError(
+                f"no {split} document is among the best {keep:g} of all scored ones, so the new "
+                f"data set would have no {split} set; keep a larger fraction, or give the scores "
+                "of one split only: the other is then kept whole"
+            )
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,16 @@ def test_both_splits_with_scores_share_the_fraction(finished: Path, tmp_path: Pa
     assert kept == round(0.5 * len(lines))
 
 
+def test_no_split_loses_all_documents(finished: Path, tmp_path: Path) -> None:
+    lines = [line | {"quality": -1.0} for line in lines_of(finished, "val")]
+    scores = write(tmp_path / "both", [*lines, *lines_of(finished)])
+
+    with pytest.raises(ConfigError, match="no val document is among the best"):
+        select(finished, scores, tmp_path / "out", 0.05)
+
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dictionary_is_kept(finished: Path, scores: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     recompress(finished, small, Compression(level=5), 1024, workers=1)
