@@ -352,7 +352,7 @@ def _model(folder: Path, verify: bool) -> Artifact:
         checked = f"{len(stored.names)} files of weights, {how}"
     codec = TextCodec.load_as(tokenizer_of(folder), description.text_format)
     description.text_format.require_same(codec.format, f"the model {folder}", "its tokenizer")
-    shape = description.shape
+    shape, average = description.shape, description.average
     return Artifact(
         kind=kind,
         path=folder,
@@ -363,6 +363,7 @@ def _model(folder: Path, verify: bool) -> Artifact:
             "context_tokens": description.context_tokens,
             "step": description.step,
             "val_loss": None if stored.changed else description.val_loss,
+            "average_of": None if average is None else [one.path for one in average.sources],
             "changed": [f"{name} (by another program)" for name in stored.changed] or None,
         },
         checked=checked,

@@ -5,21 +5,28 @@ it is complete.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from data_pipeline.common.command import WorkCommand, examples
+from data_pipeline.common.command import WorkCommand, examples, with_options
 from data_pipeline.common.next_command import show_next
-from data_pipeline.common.number_ranges import COUNT
+from data_pipeline.common.number_ranges import COUNT, TWO_OR_MORE
 from data_pipeline.common.output_folder import require_output_folder, whole_folder
 from data_pipeline.common.output_paths import overwrite_option
 from data_pipeline.common.shared_options import out_folder_option
+from data_pipeline.common.terminal import echo
+from data_pipeline.errors import MegabackError
 from data_pipeline.text.codec import Direction
 from megaback.run_folder import CHECKPOINTS_FOLDER
 from megaback.use_commands import use_commands
-from tools.model_options import direction_option_named, stored_dtype_option
+from tools.model_options import device_option, direction_option_named, stored_dtype_option
+
+if TYPE_CHECKING:
+    from megaback.weights.source import WeightSource
 
 # Not pydantic.ByteSize, which reads "1,5GB" as one byte and ignores text after the unit.
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
@@ -49,20 +56,41 @@ def convert(
 
     Raises CheckpointMissingError, CheckpointCorruptError, OutputExistsError, BackendError, OSError.
     """
-    # Checked before the slow imports. The output may be in a run's folder, not in its checkpoints.
-    checkpoints = source_path / CHECKPOINTS_FOLDER
-    source_files = checkpoints if checkpoints.is_dir() else source_path
-    require_output_folder(out, (source_files,), overwrite=overwrite)
+    _require_out(out, [source_path], overwrite=overwrite)
+    from megaback.weights.source import open_source
+
+    source = open_source(source_path)
+    _write(source, out, kind, dtype, max_file_bytes, overwrite=overwrite, direction=direction)
+
+
+def _require_out(out: Path, paths: Sequence[Path], *, overwrite: bool) -> None:
+    """Checked before the slow imports. The output may be in a run's folder, not in its checkpoints.
+
+    Raises OutputExistsError.
+    """
+    checkpoints = [path / CHECKPOINTS_FOLDER for path in paths]
+    inputs = [one if one.is_dir() else path for one, path in zip(checkpoints, paths, strict=True)]
+    require_output_folder(out, inputs, overwrite=overwrite)
+
+
+def _write(
+    source: "WeightSource",
+    out: Path,
+    kind: str,
+    dtype: str,
+    max_file_bytes: int,
+    *,
+    overwrite: bool,
+    direction: Direction | None,
+) -> None:
     import torch
 
     from megaback.weights.model_folder import write_model_folder
-    from megaback.weights.source import open_source
     from tools.export.gguf import write_gguf_folder
     from tools.export.hf import write_hf_folder
 
-    source = open_source(source_path)
     if direction is not None:
-        text_format = source.description.text_format.using(direction, f"{source_path}")
+        text_format = source.description.text_format.using(direction, "the model")
         source = replace(source, description=replace(source.description, text_format=text_format))
     torch_dtype: torch.dtype = getattr(torch, dtype)
     name = out.resolve().name
@@ -78,6 +106,37 @@ def convert(
             write_gguf_folder(folder, name, source, torch_dtype)
 
 
+def _average_of(
+    paths: Sequence[Path], *, measures: bool, shards: str | None, device: str | None
+) -> "WeightSource":
+    """The mean of weights, with its val loss and that of the last path, both reported.
+
+    Without `shards`, a val set that cannot be read is reported, and no error.
+    """
+    from megaback.weights.average import average_of
+
+    average = average_of(paths)
+    origin = average.description.average
+    assert origin is not None
+    for source in origin.sources:
+        echo(
+            f"average of  {source.path}, step {source.step}, SHA-256 {(source.sha256 or '-')[:12]}"
+        )
+    if not measures:
+        return average
+    from tools.export.val_losses import measure_val_losses
+
+    try:
+        losses = measure_val_losses(average, shards, device)
+    except MegabackError as error:
+        if shards is not None or device is not None:
+            raise
+        echo(f"val loss    not measured: {with_options(str(error))}")
+        return average
+    echo(f"val loss    {losses.sentence()}")
+    return losses.in_description(average)
+
+
 @click.command(
     cls=WorkCommand,
     name="convert",
@@ -86,9 +145,17 @@ def convert(
         "megaback convert runs/xcoax_100bt/checkpoints/best --to hf --dtype bfloat16 "
         "--out models/xcoax-hf",
         "megaback convert models/xcoax --to gguf --out models/xcoax-gguf",
+        "megaback convert runs/xcoax_100bt --average-last 5 --out models/xcoax-mean",
+        "megaback convert runs/a runs/b models/c --average --shards data/novels --out models/soup",
     ),
 )
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument(
+    "checkpoints",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="CHECKPOINT...",
+)
 @click.option(
     "--to",
     "kind",
@@ -110,23 +177,73 @@ def convert(
     show_default=True,
     help="Maximum size of a weight file (full and hf).",
 )
+@click.option(
+    "--average",
+    "is_average",
+    is_flag=True,
+    help="Export the mean of the weights of all CHECKPOINTs.",
+)
+@click.option(
+    "--average-last",
+    type=TWO_OR_MORE.option,
+    metavar="N",
+    help="Export the mean of the weights of the run's last N checkpoints.",
+)
+@click.option(
+    "--val-loss/--no-val-loss",
+    "measures",
+    default=True,
+    show_default=True,
+    help="Measure the val losses of an average and of the last CHECKPOINT in it.",
+)
+@click.option(
+    "--shards",
+    type=click.Path(),
+    help="Data set whose val set they are measured on. Default: that of the last one's run.",
+)
+@device_option
 def main(
-    checkpoint: Path,
+    checkpoints: tuple[Path, ...],
     kind: str,
     out: Path,
     overwrite: bool,
     direction: Direction | None,
     dtype: str,
     max_shard_size: int,
+    is_average: bool,
+    average_last: int | None,
+    measures: bool,
+    shards: str | None,
+    device: str | None,
 ) -> None:
     """Export CHECKPOINT (a run, one of its checkpoints, or a converted model) to a folder.
 
     RUN/checkpoints/best is the checkpoint with the lowest val loss, in a run with
-    validation.patience.
+    validation.patience. With --average, several are given, of one shape and tokenizer.
     """
     if direction is not None and kind == "full":
         raise click.UsageError("--direction is for hf and gguf; full has every direction.")
-    convert(checkpoint, out, kind, dtype, max_shard_size, overwrite=overwrite, direction=direction)
+    averages = is_average or average_last is not None
+    if is_average and average_last is not None:
+        raise click.UsageError("--average and --average-last exclude each other; give one.")
+    if len(checkpoints) > 1 and not is_average:
+        raise click.UsageError(
+            f"{len(checkpoints)} CHECKPOINTs are exported only as their mean; add --average."
+        )
+    if not averages and (shards is not None or device is not None):
+        raise click.UsageError("--shards and --device are for the val loss of an average.")
+    _require_out(out, checkpoints, overwrite=overwrite)
+    from megaback.weights.average import last_checkpoints
+    from megaback.weights.source import open_source
+
+    if averages:
+        paths = checkpoints
+        if average_last is not None:
+            paths = tuple(last_checkpoints(checkpoints[0], average_last))
+        source = _average_of(paths, measures=measures, shards=shards, device=device)
+    else:
+        source = open_source(checkpoints[0])
+    _write(source, out, kind, dtype, max_shard_size, overwrite=overwrite, direction=direction)
     click.echo(f"wrote {out}")
     if kind != "gguf":
         from megaback.weights.model_folder import read_description

@@ -1,9 +1,9 @@
-"""Identity of weights: where they are, of which step, and the hash of what describes them."""
+"""Identity of weights: their folder, step and hash; and the origin of a mean of several."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.common.checked_json import read_json
+from data_pipeline.common.checked_json import made_from, read_json, require_sha256
 from megaback.checkpoints.safetensors_file import size_and_hash
 from megaback.run_folder import META_NAME, MODEL_CONFIG_NAME, SUMS_NAME, checkpoints_meant_by
 
@@ -17,6 +17,26 @@ class WeightsIdentity:
     sha256: str | None = None
     """Hash of the file that lists the hashes of the weights: a checkpoint's meta.json, a model
     folder's SHA256SUMS or, in earlier versions and models of others, its config.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Average:
+    """Origin of weights that are the mean of others."""
+
+    sources: tuple[WeightsIdentity, ...]
+    last_val_loss: float | None = None
+    """Val loss of the last source, measured with that of the mean, in nats per token."""
+
+    @classmethod
+    def of_field(cls, value: object) -> "Average | None":
+        """From a field of a config.json. Raises ValueError, TypeError."""
+        if value is None:
+            return None
+        average = made_from(cls, value)
+        for source in average.sources:
+            if source.sha256 is not None:
+                require_sha256("sha256 of a source", source.sha256)
+        return average
 
 
 def description_of(path: Path) -> Path:

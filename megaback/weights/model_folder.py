@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from megaback.model.gpt import ReverseGPT
 from megaback.planning.host_memory import host_memory_bytes
 from megaback.run_folder import ADAPTER_NAME, MODEL_CONFIG_NAME
 from megaback.weights.hf_config import from_stock, is_stock
+from megaback.weights.identity import Average
 from megaback.weights.weight_files import StoredWeights, read_sums, write_weights
 from megaback.weights.weight_names import require_exact, shapes_of
 
@@ -69,6 +70,8 @@ class ModelDescription:
     """Whether it is a Llama or Qwen3 of another library, whose direction is not recorded."""
     on_examples: bool = False
     """Whether it was trained on instruction examples, as BackChat is."""
+    average: Average | None = None
+    """Origin of the weights, if they are the mean of others."""
 
     def to_fields(self) -> dict[str, Any]:
         """Our fields of config.json."""
@@ -82,6 +85,7 @@ class ModelDescription:
             "step": self.step,
             "val_loss": self.val_loss if math.isfinite(self.val_loss or 0.0) else None,
             "on_examples": self.on_examples,
+            **({} if self.average is None else {"average": asdict(self.average)}),
         }
 
 
@@ -207,6 +211,7 @@ def _read_description(folder: Path) -> ModelDescription:
             step=_number("step", fields, COUNT_OR_ZERO),
             val_loss=checked("val_loss", fields["val_loss"], float | None),
             on_examples=bool(fields.get("on_examples", False)),  # missing in earlier versions
+            average=Average.of_field(fields.get("average")),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise _no_description(path, error) from None
@@ -327,15 +332,7 @@ def load_model_folder(
         )
     stored = open_weights(folder, description)
     stored.report_changed()
-    if device.type == "cpu":
-        _require_memory(folder, description, dtype)
-    attention = choose_attention("auto", device, dtype, description.shape.head_dim)
-    _LOG.debug("loading %s to %s as %s, attention by %s", folder, device, dtype, attention.name)
-    with torch.device("meta"):
-        model = ReverseGPT(description.shape, description.vocab_size, attention.backend)
-    model.to(dtype).to_empty(device=device)
-    if description.shape.tie_embeddings:  # `to_empty` has untied them
-        model.lm_head.weight = model.model.embed_tokens.weight
+    model = empty_model(folder, description, device, dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(stored.read(name))
@@ -345,7 +342,23 @@ def load_model_folder(
                     f"{str(dtype).removeprefix('torch.')}; use an earlier checkpoint of the run, "
                     "or fp32"
                 )
-    return model.eval(), description, codec
+    return model, description, codec
+
+
+def empty_model(
+    folder: Path, description: ModelDescription, device: torch.device, dtype: torch.dtype
+) -> ReverseGPT:
+    """A model for inference whose weights are not set yet. Raises NotEnoughMemoryError."""
+    if device.type == "cpu":
+        _require_memory(folder, description, dtype)
+    attention = choose_attention("auto", device, dtype, description.shape.head_dim)
+    _LOG.debug("loading %s to %s as %s, attention by %s", folder, device, dtype, attention.name)
+    with torch.device("meta"):
+        model = ReverseGPT(description.shape, description.vocab_size, attention.backend)
+    model.to(dtype).to_empty(device=device)
+    if description.shape.tie_embeddings:  # `to_empty` has untied them
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval()
 
 
 def _require_memory(folder: Path, description: ModelDescription, dtype: torch.dtype) -> None:

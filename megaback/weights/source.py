@@ -107,7 +107,8 @@ def _from_folder(folder: Path, part: int, parts: int) -> WeightSource:
     stored = open_weights(folder, description, part=part, parts=parts)
     stored.report_changed()
     if stored.changed:
-        description = replace(description, val_loss=None)  # it was measured with other weights
+        # Both are of other weights.
+        description = replace(description, val_loss=None, average=None)
     shapes = shapes_of(description.shape, description.vocab_size)
     tokenizer = read_tokenizer(tokenizer_of(folder))
     return WeightSource(description, tokenizer, shapes, stored.read)

@@ -22,6 +22,8 @@ def write_checkpoint(
     ranks: int = 3,
     context_tokens: int = 64,
     step: int = STEP,
+    seed: int = 5,
+    shards: Path = Path("unused"),
     **model: object,
 ) -> tuple[Path, ReverseGPT]:
     """Write a run with one checkpoint, sharded over the ranks. Returns the run and its model."""
@@ -29,7 +31,7 @@ def write_checkpoint(
     config = Config.model_validate(
         {
             "run": run,
-            "data": {"shards": "unused"},
+            "data": {"shards": f"{shards}", "direction": codec.format.direction.value},
             "model": fields,
             "batch": {
                 "context_tokens": context_tokens,
@@ -42,7 +44,7 @@ def write_checkpoint(
         }
     )
     made = ReverseGPT(config.model, codec.vocab_size)
-    made.initialize(5)
+    made.initialize(seed)
     target = run / "checkpoints" / f"step-{step:08d}"
     target.mkdir(parents=True)
     files = {}

@@ -1,5 +1,6 @@
 """Model card (README.md) of a transformers export: runnable examples, and supported uses."""
 
+from data_pipeline.common.control_characters import on_one_line
 from data_pipeline.text.codec import Direction, TextCodec, TextFormat
 from megaback.weights.model_folder import ModelDescription
 
@@ -32,6 +33,25 @@ def both_directions(text_format: TextFormat, kind: str) -> str:
         f"weights, the run or full model that it was made from is exported in the other one by\n"
         f"`megaback convert --to {kind} --direction {other.value}`.\n\n"
     )
+
+
+def average_of(description: ModelDescription) -> str:
+    """Paragraph of a card on the sources of a mean of weights; empty for other weights."""
+    average = description.average
+    if average is None:
+        return ""
+    losses = ""
+    if average.last_val_loss is not None and description.val_loss is not None:
+        losses = (
+            f"Val loss: {description.val_loss:.4f} nats per token, and {average.last_val_loss:.4f} "
+            "of the last one alone.\n\n"
+        )
+    rows = "".join(
+        f"- `{on_one_line(source.path).replace('`', '')}`, step {source.step}, "
+        f"SHA-256 `{source.sha256}`\n"
+        for source in average.sources
+    )
+    return f"The weights are the mean of those of:\n{rows}\n{losses}"
 
 
 def model_card(description: ModelDescription, codec: TextCodec, name: str) -> str:
@@ -86,7 +106,7 @@ If it was fine-tuned on instructions,
 writes the {written_part}, and `tokenizer.written` of the ids is its text.
 
 {_BACKWARD_USES if is_backward else _FORWARD_USES}
-{both_directions(text_format, "hf")}\
+{both_directions(text_format, "hf")}{average_of(description)}\
 Direction: {text_format.direction.value}. Unit: {text_format.unit.value}. Context:
 {description.context_tokens} tokens. Vocabulary: {description.vocab_size}. Trained for
 {description.step} steps{val_loss}. Tokenizer's SHA-256: `{text_format.tokenizer_sha256}`.

@@ -5,12 +5,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from data_pipeline.errors import DirectionMismatchError, ShardsMissingError, SourceEmptyError
 from data_pipeline.loading.frame_store import FrameStore
 from data_pipeline.loading.loader import sequential_batches
-from data_pipeline.loading.rows import IGNORED_TARGET, RowReader
+from data_pipeline.loading.rows import RowReader
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.sources.registry import list_source, read_slice
 from data_pipeline.text.codec import Direction
@@ -18,8 +16,8 @@ from megaback.scoring.bootstrap import ratio_interval
 from megaback.scoring.pairs import Pair
 from megaback.scoring.scorer import Form
 from megaback.suites.accuracy import Metric
-from megaback.training.validation import to_device
 from tools.suites.base import Evaluated, SuiteOptions, SuiteResult
+from tools.suites.loss_sums import loss_sums
 from tools.suites.recall import NUM_CHOICES, first_is_best
 
 _DEFAULT_ITEMS = 500
@@ -113,7 +111,6 @@ def _fits_with_any(item: Neighbors, model: Evaluated) -> bool:
     return all(len(model.codec.encode(text)) <= maximum for text in (item.first, item.second))
 
 
-@torch.inference_mode()
 def bits_per_byte(evaluated: Evaluated, _: Evaluated | None, options: SuiteOptions) -> SuiteResult:
     """Bits per byte of a val set, as in validation; the interval is a bootstrap over rows."""
     shards = options.need("shards", "bits-per-byte")
@@ -128,11 +125,8 @@ def bits_per_byte(evaluated: Evaluated, _: Evaluated | None, options: SuiteOptio
         text_format, f"the data set {data_set.name}", f"{evaluated.folder}"
     )
     num_bytes = evaluated.codec.piece_num_bytes()
-    nats_N, bytes_N = [], []
-    for batch in sequential_batches(rows, 0, 1, 1):
-        targets = batch.targets_T[batch.targets_T != IGNORED_TARGET]
-        if len(targets):
-            nats_N.append(float(evaluated.model(*to_device(batch, evaluated.device)).sum()))
-            bytes_N.append(float(num_bytes[targets].sum()))
+    batches = sequential_batches(rows, 0, 1, 1)
+    sums = list(loss_sums(evaluated.model, batches, num_bytes, evaluated.device))
+    nats_N, bytes_N = [nats for nats, _, _ in sums], [of_text for _, _, of_text in sums]
     bits = ratio_interval(nats_N, bytes_N, options.seed).scaled(1 / math.log(2))
     return SuiteResult(len(nats_N), {"bits/byte": Metric(bits, len(nats_N))})
