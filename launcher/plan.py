@@ -41,6 +41,11 @@ devices_per_node_option = click.option(
     type=MANY.option,
     help="Number of ranks per node, one per device. Default: hardware.processes, or 8.",
 )
+memory_option = click.option(
+    "--memory-gb",
+    type=QUANTITY.option,
+    help="Memory per device, in GB (10**9 bytes). Default: that of --device-name.",
+)
 _GB = 1e9
 _ROUNDED_UP = 0.05
 
@@ -189,11 +194,7 @@ def to_json(
     "--device-name",
     help=f"Device: {', '.join(DEVICES)} or {CPU}. Default: hardware.device_name.",
 )
-@click.option(
-    "--memory-gb",
-    type=QUANTITY.option,
-    help="Memory per device, in GB (10**9 bytes). Default: that of --device-name.",
-)
+@memory_option
 @click.option(
     "--network-gbits",
     type=QUANTITY.option,

@@ -21,6 +21,7 @@ _Commands = dict[str, tuple[str, str]]
 
 # name: (module that serves it, short help)
 _COMMANDS: _Commands = {
+    "new": ("tools.new", "Write the config of a run for a size, a time or FLOPs."),
     "plan": ("launcher.plan", "Estimate a run's memory, time, network and disk."),
     "config": ("tools.config", "Show a config with its defaults, or explain its keys."),
     "rehearse": ("launcher.rehearse", "Rehearse single ranks of a large run on this machine."),

@@ -151,6 +151,7 @@ PART = Range(1e-6, 1 - 1e-6)
 QUANTITY = Range(0.0, 1e18, excludes_min=True)
 """Gigabytes, FLOP/s, planned tokens: small enough that products stay finite."""
 PLANNED_TOKENS = Range(1.0, 1e18)
+TRAINING_FLOPS = Range(1.0, 1e32)
 EPOCHS = Range(0.0, 1e6, excludes_min=True)
 SECONDS = Range(0.0, 1e9, excludes_min=True)
 """Up to 30 years, which timers of every system support."""

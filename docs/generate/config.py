@@ -11,8 +11,8 @@ _BEGINNING = """\
 
 One YAML file describes a run. `megaback train`, `plan`, `submit` and `arrow` take it, and any of
 its keys as `section.key=value` after it. A key that does not exist, or a value out of range, is
-refused before anything starts. The files in `configs/` are examples; `megaback config --explain`
-prints this page, or a part of it.
+refused before anything starts. `megaback new` writes a config for a size or a budget, and the files
+in `configs/` are examples; `megaback config --explain` prints this page, or a part of it.
 
 """
 

@@ -11,6 +11,7 @@ from launcher.plan import main as plan
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_run import curve_of, metrics_of
 from tests.helpers.warm_ranks import WarmRanks
+from tools.new import main as new
 
 pytestmark = pytest.mark.slow
 
@@ -55,3 +56,17 @@ def test_a_shipped_config_trains(
 
     assert len(curve_of(run)) == 2
     assert [line["step"] for line in metrics_of(run) if "val_loss" in line] == [0, 2]
+
+
+def test_a_new_config_trains(
+    tmp_path: Path, tiny_shards: Path, warm_ranks: Callable[[int], WarmRanks]
+) -> None:
+    config, run = tmp_path / "new.yaml", tmp_path / "run"
+    words = ["--flops", "3e10", "--parameters", "200k", "--shards", str(tiny_shards)]
+    result = CliRunner().invoke(new, [*words, "--out", str(config)])
+    assert result.exit_code == 0, result.output
+
+    overrides = [f"run={run}", "training.steps=2", "batch.global_batch_rows=4"]
+    warm_ranks(1).train(config, overrides, tmp_path / "output.txt")
+
+    assert len(curve_of(run)) == 2

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_pipeline.common.number_ranges import LAYERS, PLANNED_TOKENS, SIZE
+from data_pipeline.common.short_numbers import short_number
 from data_pipeline.errors import ConfigError
 from megaback.config import Config, ModelSection
 from megaback.config_file import load_config
@@ -20,9 +21,7 @@ from megaback.planning.flops import ModelSize
 from tools.direction_gap.runs import ArrowRun, runs_of
 
 _SIZE = re.compile(r"(\d+)x(\d+)")
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?)([kKmMbB]?)")
 _Value = TypeVar("_Value", "Size", int)
-_FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,7 @@ def parse_budgets(text: str) -> list[int]:
     """Numbers of training tokens such as `300k,1.5M`. Raises ConfigError."""
     budgets = []
     for word in text.split(","):
-        found = _BUDGET.fullmatch(word.strip())
-        tokens = round(float(found[1]) * _FACTORS[found[2].lower()]) if found else 0
+        tokens = round(short_number(word) or 0)
         if PLANNED_TOKENS.problem(tokens):
             raise ConfigError(
                 f"`budgets` has {word.strip()!r}; give numbers of tokens, such as 300k or 1.5M, "
