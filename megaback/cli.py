@@ -33,6 +33,7 @@ _COMMANDS: _Commands = {
     "plot": ("tools.plot", "Plot the curves of one or several runs."),
     "status": ("tools.status", "Show a run's progress, history and expected end."),
     "arrow": ("tools.arrow", "Compare a model's two directions on the same documents."),
+    "sweep": ("tools.sweep", "Train a config with lists of values, and compare the losses."),
     "watch": ("tools.watch", "Report whether a run is healthy, slow, stuck or dead."),
     "rollback": ("tools.rollback", "Roll back to an earlier checkpoint, and skip the steps since."),
     "inspect": (

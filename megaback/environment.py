@@ -18,9 +18,17 @@ _DUMP_VARIABLES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 
 
 def slurm_job() -> tuple[str | None, int]:
-    """The Slurm job of this process, None outside of one, and how often it was restarted."""
+    """The Slurm job of this process, None outside of one, and how often it was restarted.
+
+    An element of an array is ARRAY_INDEX: its job id may be the whole array's.
+    """
+    job, array, index = (
+        os.environ.get(f"SLURM_{name}") for name in ("JOB_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID")
+    )
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return os.environ.get("SLURM_JOB_ID"), int(restarts) if restarts.isdecimal() else 0
+    if job is not None and array is not None and index is not None:
+        job = f"{array}_{index}"
+    return job, int(restarts) if restarts.isdecimal() else 0
 
 
 def use_expandable_segments() -> None:

@@ -1,4 +1,4 @@
-"""Redaction of credentials in a config, for logs and third parties."""
+"""A config as fields without credentials, for logs and third parties, and by whole keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,3 +24,14 @@ def _shown(value: Any) -> Any:
     if isinstance(value, list):
         return [_shown(part) for part in value]
     return shown_url(value) if isinstance(value, str) else value
+
+
+def flat_fields(fields: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """A config's fields by their whole keys, such as `model.width`."""
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            flat |= flat_fields(value, f"{before}{key}.")
+        else:
+            flat[f"{before}{key}"] = value
+    return flat

@@ -41,7 +41,10 @@ free_port() { # random, so that it cannot be guessed; below Linux's ephemeral po
 export MASTER_PORT=${MASTER_PORT:-$(free_port)}
 
 # With MEGABACK_CONTAINER, only the ranks run in it: the steps before and after call Slurm.
-run_ranks() { # run_ranks CONFIG [KEY=VALUE ...]
+run_ranks() { # run_ranks CONFIG [KEY=VALUE ...]; %a in CONFIG is the index of an array's element
+    if [[ ${SLURM_ARRAY_TASK_ID:-} ]] && (($#)); then
+        set -- "${1//%a/$SLURM_ARRAY_TASK_ID}" "${@:2}"
+    fi
     python -m megaback slurm-job begin ${begin_options:-} "$@" # refuses an invalid run
     local code=0 step
 

@@ -57,6 +57,9 @@ from megaback.use_commands import use_commands
 from tools.direction_gap.ladder_result import LADDER_NAME, read_points
 from tools.direction_gap.result import JSON_NAME, read_summary
 from tools.export.gguf_inspection import inspect_gguf
+from tools.sweeps.record import RECORD_NAME, require_record
+from tools.sweeps.result import result_of
+from tools.sweeps.table import summary
 
 if TYPE_CHECKING:
     from megaback.checkpoints.checkpoint import CheckpointMeta
@@ -279,6 +282,17 @@ def _ladder(folder: Path, _verify: bool) -> Artifact:
     )
 
 
+def _sweep(folder: Path, _verify: bool) -> Artifact:
+    result = result_of(require_record(folder), folder)
+    return Artifact(
+        kind="sweep",
+        path=folder,
+        facts={"keys": list(result.keys), "summary": summary(result)},
+        checked=f"{RECORD_NAME}, of {len(result.runs)} runs",
+        next_lines={command("sweep", folder): "its table and figure"},
+    )
+
+
 def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
     """Commands that use a run or a checkpoint, and their effects."""
     run = path.parent.parent if path.parent.name == CHECKPOINTS_FOLDER else path
@@ -405,6 +419,7 @@ _FOLDERS: dict[str, Callable[[Path, bool], Artifact]] = {
     CONFIG_COPY_NAME: _run,
     JSON_NAME: _arrow,
     LADDER_NAME: _ladder,
+    RECORD_NAME: _sweep,
     MODEL_CONFIG_NAME: _config_json,
     GGUF_NAME: _gguf,
     PLAN_NAME: _unfinished,

@@ -168,7 +168,7 @@ def parse_job(job: str, text: str) -> Job | None:
         left_s=left_s,
         excluded=_node_ranges(first.get("ExcNodeList", "(null)")),
         elements={name: states.count(name) for name in sorted(set(states))}
-        if "ArrayJobId" in first
+        if "ArrayJobId" in first and "_" not in job
         else {},
     )
 
@@ -193,7 +193,7 @@ def _advice(reply: str) -> str:
         "node configuration is not available": "`sinfo -o '%P %D %c %m %G'` shows what the nodes "
         "have; ask for fewer --nodes or --devices-per-node, or less memory",
         "time limit": "give a shorter --time (`sinfo -o '%P %l'` shows the limits)",
-        "array": "give fewer --tasks (`scontrol show config` has MaxArraySize)",
+        "array": "give fewer tasks or runs (`scontrol show config` has MaxArraySize)",
     }
     found = [advice for sign, advice in hints.items() if sign in reply.lower()]
     return found[0] if found else "correct the option that it names"

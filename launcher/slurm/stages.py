@@ -209,8 +209,12 @@ def train_stage(
     allocation: Allocation,
     resources: Resources,
     limit: int | None,
+    array: str | None = None,
 ) -> Submission:
-    """The job that trains a run."""
+    """The job that trains a run; with `array`, one run per element, of the config at its index.
+
+    `%a` in `config_path` is the index of the element.
+    """
     asked = {
         "nodes": allocation.nodes,
         "ntasks-per-node": allocation.ranks_per_node,
@@ -218,6 +222,7 @@ def train_stage(
         "cpus-per-task": resources.cpus_per_task,
         "mem": resources.memory,
         "time": resources.time,
+        "array": array,
     }
     variables = _environment()
     if limit is not None:
@@ -226,7 +231,7 @@ def train_stage(
         stage="train",
         variables=variables,
         options=(
-            *_common(config, "train", "%j", resources, resources.partition),
+            *_common(config, "train", "%A_%a" if array else "%j", resources, resources.partition),
             *(f"--{name}={value}" for name, value in asked.items() if value is not None),
             *resources.more,
         ),

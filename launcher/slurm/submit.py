@@ -16,10 +16,9 @@ import click
 from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.interrupts import signals_deferred
 from data_pipeline.common.next_command import command, show_next
-from data_pipeline.common.number_ranges import MANY, MANY_OR_ZERO, SOURCE_WEIGHT
+from data_pipeline.common.number_ranges import MANY, SOURCE_WEIGHT
 from data_pipeline.common.source_type import SOURCE
 from data_pipeline.errors import ConfigError, LaunchError
-from launcher.memory_check import check_memory
 from launcher.slurm.commands import (
     Submission,
     cancel,
@@ -28,14 +27,12 @@ from launcher.slurm.commands import (
     queue,
     run_sbatch,
 )
-from launcher.slurm.sbatch_files import SHARED_FILES, require_file, sbatch_value, shipped_folder
+from launcher.slurm.job_request import JobRequest, job_options
+from launcher.slurm.sbatch_files import SHARED_FILES, require_file, sbatch_value
 from launcher.slurm.snapshot import new_folder, record_jobs, remove_snapshot, write_snapshot
 from launcher.slurm.stages import (
     Allocation,
-    Resources,
     check_model_folder,
-    check_run,
-    choose_allocation,
     convert_stage,
     data_stage,
     parse_chain,
@@ -108,55 +105,8 @@ def after(submission: Submission, job: str) -> Submission:
 )
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1)
-@click.option(
-    "--nodes",
-    type=MANY.option,
-    default=1,
-    show_default=True,
-    help="Number of nodes of the training job.",
-)
-@click.option(
-    "--devices-per-node",
-    type=MANY.option,
-    help="Number of ranks per node, one per GPU (one per task with --cpu). Default: from the "
-    "sbatch file.",
-)
-@click.option(
-    "--gpus/--cpu",
-    "uses_gpus",
-    default=None,
-    help="Request GPUs, or none. Default: by hardware.device, where auto requests GPUs.",
-)
-@click.option(
-    "--device-name", help="Model of the GPUs, for the memory check: h100-80gb, a100-40gb, ..."
-)
-@click.option(
-    "--cpus-per-task",
-    type=MANY.option,
-    help="Number of CPU cores per rank. Default: from the sbatch file.",
-)
-@click.option(
-    "--mem",
-    help="Memory per node, in sbatch's format (64G; 0: all memory). Default: from the sbatch file.",
-)
-@click.option(
-    "--time",
-    help="Time limit, in sbatch's format (24:00:00, 2-00:00:00). Default: from the sbatch file.",
-)
-@click.option("--partition", help="Slurm partition of the training job.")
+@job_options
 @click.option("--cpu-partition", help="Slurm partition of the data and convert jobs.")
-@click.option("--account", help="Slurm account of the jobs.")
-@click.option(
-    "--sbatch-option",
-    "more",
-    multiple=True,
-    help="Further sbatch option of the training job (--qos=high). May be repeated.",
-)
-@click.option(
-    "--max-requeues",
-    type=MANY_OR_ZERO.option,
-    help="Maximum number of requeues after lost ranks or nodes. Default: 20.",
-)
 @click.option(
     "--chain",
     default="train",
@@ -189,7 +139,6 @@ def after(submission: Submission, job: str) -> Submission:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="convert: folder to write the model to."
 )
-@click.option("--files", type=click.Path(path_type=Path), help="Folder with your own sbatch files.")
 @click.option(
     "--force", is_flag=True, help="Submit even if a job of this run is pending or running."
 )
@@ -201,25 +150,14 @@ def after(submission: Submission, job: str) -> Submission:
 def main(
     config: Path,
     overrides: tuple[str, ...],
-    nodes: int,
-    devices_per_node: int | None,
-    uses_gpus: bool | None,
-    device_name: str | None,
-    cpus_per_task: int | None,
-    mem: str | None,
-    time: str | None,
-    partition: str | None,
+    request: JobRequest,
     cpu_partition: str | None,
-    account: str | None,
-    more: tuple[str, ...],
-    max_requeues: int | None,
     chain: str,
     sources: tuple[str, ...],
     weights: tuple[float, ...],
     tokenizer: Path | None,
     tasks: int | None,
     out: Path | None,
-    files: Path | None,
     force: bool,
     dry_run: bool,
 ) -> None:
@@ -232,31 +170,12 @@ def main(
     stages = parse_chain(chain)
     _require_used(stages, "data", source=sources, weight=weights, tokenizer=tokenizer, tasks=tasks)
     _require_used(stages, "convert", out=out)
-    if wrong := [option for option in more if not option.startswith("--")]:
-        raise ConfigError(f"--sbatch-option {wrong[0]!r} does not begin with --; write --qos=high")
-    folder = files or shipped_folder()
+    resources = request.resources(cpu_partition)
     names = {**_SBATCH_FILES, "train": train_file(settings)}
-    paths = {stage: require_file(folder, names[stage]) for stage in stages}
-    allocation = choose_allocation(settings, paths["train"], nodes, devices_per_node, uses_gpus)
-    resources = Resources(
-        cpus_per_task=cpus_per_task,
-        memory=mem,
-        time=time,
-        partition=partition,
-        cpu_partition=cpu_partition,
-        account=account,
-        more=more,
-    )
+    paths = {stage: require_file(request.folder, names[stage]) for stage in stages}
+    allocation = request.allocation_of(settings)
     require_run_folder(settings, config)
-    check_run(settings, allocation.num_ranks, builds_data="data" in stages)
-    room = check_memory(
-        settings,
-        allocation.nodes,
-        allocation.ranks_per_node,
-        uses_gpus=allocation.gpus_per_node != 0,
-        device_name=device_name,
-        partition=partition or sbatch_value(paths["train"], "partition"),
-    )
+    room = request.check(settings, builds_data="data" in stages)
     if not force:
         require_no_job(settings.run)
 
@@ -268,21 +187,19 @@ def main(
             snapshot / CONFIG_COPY_NAME,
             allocation,
             resources,
-            max_requeues,
+            request.max_requeues,
         )
     }
     if "convert" in stages:
         submissions["convert"] = convert_stage(
             settings, paths["convert"], check_model_folder(out), resources
         )
-    # A dry run works anywhere; Slurm tests the jobs only where it is installed.
-    unasked = "sbatch is not installed" if dry_run and shutil.which("sbatch") is None else ""
-    unasked = unasked or _try_out(list(submissions.values()), may_be_away=dry_run)
+    unasked = try_out(list(submissions.values()), may_be_away=dry_run)
     if "data" in stages:
         cpus = int(sbatch_value(paths["data"], "cpus-per-task") or 1)
         plan = plan_data(settings, sources, weights, tokenizer, tasks, cpus, dry_run)
         submissions["data"] = data_stage(settings, paths["data"], plan, resources)
-        unasked = unasked or _try_out([submissions["data"]], may_be_away=dry_run)
+        unasked = unasked or try_out([submissions["data"]], may_be_away=dry_run)
     # The job runs the copy in the snapshot, with the shared files beside it.
     queued = [
         replace(submissions[stage], file=str(snapshot / paths[stage].name)) for stage in stages
@@ -290,13 +207,15 @@ def main(
     click.echo(f"# {room}" if dry_run else room)
     if dry_run:
         return _show(queued, list(paths.values()), unasked)
-    copied = [*paths.values(), *(folder / name for name in SHARED_FILES)]
+    copied = [*paths.values(), *(request.folder / name for name in SHARED_FILES)]
     jobs = queue_all(settings, snapshot, queued, copied)
     return _report(settings, allocation, dict(zip(stages, jobs, strict=True)), snapshot)
 
 
-def _try_out(submissions: Sequence[Submission], *, may_be_away: bool) -> str:
-    """Have Slurm test the submissions. Returns why it could not, if no controller answers."""
+def try_out(submissions: Sequence[Submission], *, may_be_away: bool) -> str:
+    """Have Slurm test the submissions. Returns why it could not, if it `may_be_away` and is."""
+    if may_be_away and shutil.which("sbatch") is None:
+        return "sbatch is not installed"
     try:
         for submission in submissions:
             run_sbatch(submission, "--test-only")

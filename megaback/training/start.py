@@ -12,7 +12,7 @@ from typing import Any
 from megaback.checkpoints.checkpoint import CheckpointMeta
 from megaback.config import Config
 from megaback.faults.exit_record import read_exit
-from megaback.shown_config import shown_fields
+from megaback.shown_config import flat_fields, shown_fields
 from megaback.training.early_stopping import EarlyStopping, read_measurements
 
 Changes = dict[str, tuple[Any, Any]]
@@ -64,8 +64,8 @@ def changes_on_resume(before: Mapping[str, Any], config: Config) -> Changes:
     Keys that the checkpoint's version did not have are skipped; passwords and signatures of URLs
     are redacted.
     """
-    earlier = _flat(shown_fields(before))
-    now = _flat(shown_fields(config.model_dump(mode="json")))
+    earlier = flat_fields(shown_fields(before))
+    now = flat_fields(shown_fields(config.model_dump(mode="json")))
     return {
         key: (earlier[key], value)
         for key, value in now.items()
@@ -90,13 +90,3 @@ def require_readable(run: Path) -> None:
         read_metrics(run)
     if (run / SAMPLES_NAME).exists():
         read_samples(run)
-
-
-def _flat(fields: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{before}{key}.")
-        else:
-            flat[f"{before}{key}"] = value
-    return flat

@@ -6,7 +6,7 @@ import re
 import shlex
 import textwrap
 from collections.abc import Iterator
-from itertools import dropwhile, pairwise
+from itertools import dropwhile, pairwise, product
 from pathlib import Path
 
 import click
@@ -20,6 +20,7 @@ from megaback.config import Config
 from megaback.config_file import load_config
 from tests.helpers.commands import COMMANDS_OF_MEGABACK
 from tests.helpers.paths import ROOT
+from tools.sweeps.axes import axes_of, overrides_of, points_of
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "SECURITY.md")),
@@ -168,8 +169,13 @@ def require_command(words: list[str]) -> None:
     overrides = [word for word in words if re.match(r"[a-z_0-9.]+=", word)]
     if any(word.startswith("init_from=") for word in overrides):  # whose model is not there
         overrides += ["model.num_layers=1", "model.width=64", "model.num_heads=1"]
-    for config in configs:
-        load_config(ROOT / config, overrides)
+    points: list[list[str]] = [overrides]
+    if command.name == "sweep":
+        axes, common = axes_of(overrides)
+        zipped = parsed.get("zipped") or ()
+        points = [[*common, *overrides_of(point)] for point in points_of(axes, zipped)]
+    for config, point in product(configs, points):
+        load_config(ROOT / config, tuple(point))
 
 
 def has_placeholder(value: object) -> bool:

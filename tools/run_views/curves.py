@@ -16,6 +16,7 @@ from data_pipeline.text.codec import Direction
 from megaback.faults.exit_record import read_history
 from megaback.faults.run_ownership import config_of_run
 from megaback.run_folder import METRICS_NAME
+from megaback.shown_config import flat_fields
 from megaback.tracking.metrics import read_metrics
 from megaback.yaml_text import read_yaml_file
 
@@ -202,7 +203,7 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 
 def differences(runs: Sequence[Path]) -> list[tuple[str, list[str]]]:
     """Keys of the configs that differ between runs, with the value of each run."""
-    configs = [_flat(_config(run)) for run in runs]
+    configs = [flat_fields(_config(run)) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     return [
         (key, values)
@@ -217,13 +218,3 @@ def _config(run: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError):
         return {}
     return fields if isinstance(fields, dict) else {}
-
-
-def _flat(fields: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{before}{key}.")
-        else:
-            flat[f"{before}{key}"] = value
-    return flat
