@@ -111,7 +111,10 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
         f"{plan.step_tokens:,} tokens"
     )
     if plan.steps is not None:
-        echo(f"run      {plan.steps:,} steps = {plan.steps * plan.step_tokens:,} tokens")
+        ends = "" if facts.end_reason is None else f"; it ends early: {facts.end_reason}"
+        echo(f"run      {plan.steps:,} steps = {plan.steps * plan.step_tokens:,} tokens{ends}")
+    for use in facts.data:
+        echo(f"data     {use.shown()}")
     echo(f"memory   GB per rank; {cluster.shown} has {device.memory_bytes / _GB:.1f}")
     for line in _rows(plan, cluster):
         click.echo(line)

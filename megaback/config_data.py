@@ -1,11 +1,15 @@
 """Section `data` of the config. Loads no torch."""
 
+from collections.abc import Mapping
+from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, field_serializer, field_validator, model_validator
 
 from data_pipeline.common import number_ranges as ranges
+from data_pipeline.loading.weight_schedule import Weight, moment_without_data, positions_of
 from data_pipeline.redaction import shown_url
 from data_pipeline.storage.address_variables import kept
 from data_pipeline.text.codec import Directions
@@ -20,14 +24,64 @@ DEFAULT_FORWARD_SHARE = 0.5
 class WeightedShards(Section):
     path: Address
     """Folder or URL of a data set."""
-    weight: Annotated[float, ranges.POSITIVE] = 1.0
-    """Weight of this data set: its share of all rows, relative to the other weights."""
+    weight: Annotated[float, ranges.POSITIVE] | dict[float, float] = 1.0
+    """Weight of this data set: its share of all rows, relative to the other weights. Or weights
+    over training, `{0: 3, 0.8: 1}`: from each position on, the first being 0; weight 0: no rows."""
+    weight_interpolation: Literal["step", "linear"] = "step"
+    """Weight between two positions. step: that of the first; linear: on a line, in 256 steps."""
+    max_epochs: Annotated[float, ranges.EPOCHS] | None = None
+    """Maximum number of times that this data set is read; fractions are allowed. Default: none."""
+    after_max_epochs: Literal["drop", "stop"] = "drop"
+    """Action when max_epochs is reached. drop: the other data sets provide its rows, and the run
+    ends if there are none; stop: end the run."""
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _weights(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return _number(value, ranges.POSITIVE)
+        weights = {
+            _number(position, ranges.POSITION): _number(weight, ranges.NOT_NEGATIVE)
+            for position, weight in value.items()
+        }
+        if 0.0 not in weights:
+            raise ValueError("give the weight at position 0, with which training begins")
+        if not any(weights.values()):
+            raise ValueError("every weight is 0; remove the data set")
+        return dict(sorted(weights.items()))
+
+    @property
+    def weight_over_training(self) -> Weight:
+        """The weight by position."""
+        points = self.weight if isinstance(self.weight, dict) else {0.0: self.weight}
+        return Weight(tuple(points.items()), self.weight_interpolation == "linear")
+
+    @property
+    def shown_weight(self) -> str:
+        """The weight in a few characters."""
+        if not isinstance(self.weight, dict):
+            return f"{self.weight:g}"
+        between = "->" if self.weight_interpolation == "linear" else ", then "
+        return between.join(f"{weight:g}" for weight in self.weight.values())
+
+
+def _number(value: Any, allowed: ranges.Range) -> float:
+    """A number of YAML, JSON or Python. Raises ValueError."""
+    with suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
+    problem = "not a number" if isinstance(value, bool) else allowed.problem(value)
+    if problem is not None:
+        raise ValueError(f"{value!r} is {problem}")
+    return float(value)
 
 
 class DataSection(Section):
     shards: tuple[WeightedShards, ...]
     """Folder or URL of a data set that `megaback shards build` wrote, or a list of several, mixed
     by weight."""
+    weight_positions: Literal["fraction", "tokens"] = "fraction"
+    """Unit of the positions of weights over training. fraction: of the run's steps, which a resume
+    cannot change; tokens: since the start, so that the run can be extended."""
     direction: Directions = Directions.BACKWARD
     """Reading direction of the model. Shards of unit `token` serve both directions. both: one model
     of both, each of whose rows is read in one direction."""
@@ -61,15 +115,36 @@ class DataSection(Section):
 
     @field_serializer("shards")
     def _as_written(self, shards: tuple[WeightedShards, ...]) -> Any:
-        return shards[0].path if len(shards) == 1 else [part.model_dump() for part in shards]
+        rare = {"weight_interpolation", "max_epochs", "after_max_epochs"}
+        fields = [part.model_dump() for part in shards]
+        for part in fields:
+            for name in rare:
+                if part[name] == WeightedShards.model_fields[name].default:
+                    del part[name]
+        return fields[0]["path"] if len(fields) == 1 and not rare & fields[0].keys() else fields
 
     @property
     def description(self) -> str:
         """The data sets in one line, without the queries of URLs, which may hold secrets."""
         return ", ".join(
-            shown_url(part.path) + (f" x {part.weight:g}" if len(self.shards) > 1 else "")
+            shown_url(part.path) + (f" x {part.shown_weight}" if len(self.shards) > 1 else "")
             for part in self.shards
         )
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """Weights of the data sets over training."""
+        return tuple(part.weight_over_training for part in self.shards)
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether shares of data sets change over training, apart from max_epochs."""
+        return len(self.shards) > 1 and not all(weight.is_constant for weight in self.weights)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the order of the rows depends on the number of steps."""
+        return self.is_changing and self.weight_positions == "fraction"
 
     @property
     def is_both(self) -> bool:
@@ -88,6 +163,20 @@ class DataSection(Section):
                 "forward_share is for models of both directions only; set direction to both or "
                 "remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "DataSection":
+        is_fraction = self.weight_positions == "fraction"
+        positions = positions_of(self.weights)
+        if is_fraction and positions[-1] > 1.0:
+            raise ValueError(
+                f"the position {positions[-1]:g} of a weight is not a fraction of training, from 0 "
+                "to 1; for tokens set weight_positions to tokens"
+            )
+        moment = moment_without_data(self.weights, end=1.0 if is_fraction else inf)
+        if moment is not None:
+            raise ValueError(f"every weight is 0 from position {moment:g} on; give one above 0")
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,8 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.loading.frame_store import FrameStore
@@ -16,13 +17,20 @@ from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.order import MAX_AUTOMATIC_LANES, Order, choose_lanes
 from data_pipeline.loading.row_grid import RowGrid
 from data_pipeline.loading.rows import Batch, RowReader
+from data_pipeline.loading.weight_schedule import peak_shares
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.frame_cache import CacheSettings
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction, Prompt, TextCodec, TextFormat
-from megaback.config import BatchSection, Config, split_batch
+from megaback.config import BatchSection, Config, TrainingSection, split_batch
 from megaback.config_data import DataSection
 from megaback.planning.data_facts import attended_of
+from megaback.planning.data_mixture import (
+    DataMixture,
+    constant_mixture,
+    plan_mixture,
+    rows_until_all_are_read,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +61,20 @@ class Data:
     codec: TextCodec
     text_format: TextFormat
     streams: tuple[Stream, ...]
-    mixture: Mixture
+    mixed: DataMixture
     training: TrainingLoader
     micro_batch_rows: int
     accumulation_steps: int
-    total_steps: int
     val: tuple[RowReader, ...]
     given: GivenTexts
+
+    @property
+    def mixture(self) -> Mixture:
+        return self.mixed.mixture
+
+    @property
+    def total_steps(self) -> int:
+        return self.mixed.total_steps
 
     @property
     def has_val(self) -> bool:
@@ -82,14 +97,9 @@ class Data:
     def attended_tokens(self) -> float:
         """Mean number of tokens that a token attends to, for FLOPs. Raises ShardCorruptError."""
         return sum(
-            share * attended_of(stream.rows.frames.data_set, stream.rows.context_tokens)
-            for share, stream in zip(self.mixture.shares, self.streams, strict=True)
+            use.share * attended_of(stream.rows.frames.data_set, stream.rows.context_tokens)
+            for use, stream in zip(self.mixed.uses, self.streams, strict=True)
         )
-
-    @property
-    def rows_per_epoch(self) -> float:
-        """Number of rows until every data set has been read to its end."""
-        return rows_per_epoch(self.streams, self.mixture)
 
     def validation(self, rank: int, world_size: int) -> Iterator[Batch]:
         """A rank's share of all val sets."""
@@ -105,20 +115,27 @@ class OpenShards:
 
     section: DataSection
     data_sets: tuple[DataSet, ...]
-    mixture: Mixture
     codec: TextCodec
 
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the contents of the data set or, with the weights, of all data sets."""
-        return _fingerprint(self.data_sets, self.mixture)
+        return _fingerprint(self.data_sets, self.section)
 
     def streams(self, batch: BatchSection, seed: int) -> tuple[Stream, ...]:
         """Training rows, in order. Raises a MegabackError for incompatible settings."""
         return tuple(
             _stream(data_set, self.section, batch, seed, share)
-            for data_set, share in zip(self.data_sets, self.mixture.shares, strict=True)
+            for data_set, share in zip(
+                self.data_sets, peak_shares(self.section.weights), strict=True
+            )
         )
+
+    def mixed(
+        self, batch: BatchSection, training: TrainingSection, streams: Sequence[Stream]
+    ) -> DataMixture:
+        """The mixture of a run's rows, and its length. Raises ConfigError."""
+        return plan_mixture(self.section, batch, training, _rows_per_epoch(streams))
 
     def val_rows(self, context_tokens: int) -> tuple[RowReader, ...]:
         """Validation rows of those data sets that have a val set."""
@@ -132,11 +149,11 @@ class OpenShards:
         self, batch: BatchSection, seed: int, epochs: float, rank: int, world_size: int
     ) -> "RankRows":
         """Training rows of a rank. Raises a MegabackError for incompatible settings."""
-        streams = self.streams(batch, seed)
+        mixture, streams = constant_mixture(self.section), self.streams(batch, seed)
         loader = TrainingLoader(
-            streams, self.mixture, batch.global_batch_rows, rank, world_size, micro_batch_rows=1
+            streams, mixture, batch.global_batch_rows, rank, world_size, micro_batch_rows=1
         )
-        rows = epochs * rows_per_epoch(streams, self.mixture)
+        rows = epochs * rows_until_all_are_read(self.section, _rows_per_epoch(streams))
         steps = math.ceil(rows / batch.global_batch_rows)
         return RankRows(
             source=loader,
@@ -208,7 +225,7 @@ def open_shards(section: DataSection) -> OpenShards:
     codec = first.codec()
     for other in data_sets[1:]:
         other.require_codec(codec)
-    return OpenShards(section, data_sets, Mixture([part.weight for part in section.shards]), codec)
+    return OpenShards(section, data_sets, codec)
 
 
 def open_data(config: Config, rank: int, world_size: int) -> Data:
@@ -233,19 +250,16 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
             "omit it"
         )
     micro_batch_rows, accumulation_steps = split_batch(batch, world_size)
-    steps = config.training.steps
-    if steps is None:
-        rows = (config.training.epochs or 0.0) * rows_per_epoch(streams, shards.mixture)
-        steps = math.ceil(rows / batch.global_batch_rows)
+    mixed = shards.mixed(batch, config.training, streams)
     return Data(
         fingerprint=shards.fingerprint,
         codec=shards.codec,
         text_format=streams[0].rows.text_format,
         streams=streams,
-        mixture=shards.mixture,
+        mixed=mixed,
         training=TrainingLoader(
             streams,
-            shards.mixture,
+            mixed.mixture,
             batch.global_batch_rows,
             rank,
             world_size,
@@ -254,7 +268,6 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
         ),
         micro_batch_rows=micro_batch_rows,
         accumulation_steps=accumulation_steps,
-        total_steps=steps,
         val=val,
         given=_given_texts(config, shards),
     )
@@ -315,19 +328,24 @@ def _reader(frames: FrameStore, context_tokens: int, section: DataSection) -> Ro
     return RowReader(frames, context_tokens, section.direction.first, both=section.is_both)
 
 
-def rows_per_epoch(streams: Sequence[Stream], mixture: Mixture) -> float:
-    """Number of rows until every data set has been read to its end."""
-    return max(
-        stream.order.rows_per_epoch / share
-        for stream, share in zip(streams, mixture.shares, strict=True)
-    )
+def _rows_per_epoch(streams: Sequence[Stream]) -> list[int]:
+    return [stream.order.rows_per_epoch for stream in streams]
 
 
-def _fingerprint(data_sets: Sequence[DataSet], mixture: Mixture) -> str:
+def _fingerprint(data_sets: Sequence[DataSet], section: DataSection) -> str:
+    """Fingerprint of all that determines the rows of a mixture but the batch and the seed."""
     fingerprints = [data_set.manifest.fingerprint for data_set in data_sets]
     if len(fingerprints) == 1:
         return fingerprints[0]
-    contents = list(zip(fingerprints, mixture.shares, strict=True))
+    limits = [
+        None if part.after_max_epochs == "stop" else part.max_epochs for part in section.shards
+    ]
+    if section.is_changing:
+        weights: list[Any] = [asdict(weight) for weight in section.weights]
+        contents: list[Any] = [fingerprints, weights, section.weight_positions, limits]
+    else:
+        contents = list(zip(fingerprints, peak_shares(section.weights), strict=True))
+        contents += [limits] if any(limits) else []
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
 

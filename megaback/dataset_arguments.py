@@ -16,6 +16,11 @@ def weighted(shards: str | Path | Mapping[str, float]) -> Any:
             "give a folder or URL, or a dictionary {address: weight}"
         )
     if isinstance(shards, Mapping):
+        if any(isinstance(weight, Mapping) for weight in shards.values()):
+            raise ConfigError(
+                "open_dataset: a weight of `shards` is a dictionary; weights over training are for "
+                "`megaback train`: give a number"
+            )
         return [{"path": str(path), "weight": weight} for path, weight in shards.items()]
     return str(shards)
 

@@ -190,7 +190,8 @@ def batches_of_rows(
     rows: DocumentRows,
     epoch: int,
 ) -> tuple[Indices, Indices]:
-    """Step, from 0, and position in its global batch, of stored rows in an epoch.
+    """Step, from 0, and position in its global batch, of stored rows in an epoch; or a step below 0
+    for a row that no step reads, however long the run.
 
     The epoch is that of the data set; epochs of a mixture's data sets may differ.
     """
@@ -233,6 +234,7 @@ def uses_of_document(
         for of_row, at, start, stop in sorted(
             zip(*(column.tolist() for column in columns), strict=True)
         )
+        if of_row >= 0
     ]
 
 
@@ -325,6 +327,9 @@ def _show(
             f"  step {use.step:,}, row {use.position:,} of the batch{rank}: "
             f"tokens {use.start:,} to {use.stop - 1:,}{reached}"
         )
+    if sum(use.stop - use.start for use in uses) < facts["tokens"]:
+        rest = "the rest of it" if uses else "it"
+        click.echo(f"  no step reads {rest}: its data set has weight 0, or was dropped, by then")
 
 
 @click.command(

@@ -143,6 +143,8 @@ NUMBER = Range(-FP32_MAX, FP32_MAX)
 NOT_NEGATIVE = Range(0.0, FP32_MAX)
 POSITIVE = Range(_FP32_MIN_NORMAL, FP32_MAX)
 """Positive normal fp32 numbers."""
+POSITION = Range(0.0, 1e18)
+"""Positions of training: fractions of it, or tokens."""
 SHARE = Range(0.0, 1.0)
 SOME_SHARE = Range(0.0, 1.0, excludes_min=True)
 SHARE_BELOW_ALL = Range(0.0, 1.0, excludes_max=True)

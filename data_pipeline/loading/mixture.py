@@ -3,9 +3,15 @@
 Row n of the mixture, counted over all steps, is row m of one of the data sets. Data sets alternate
 as evenly as their weights allow (each as Bresenham's algorithm draws a line), so that any range of
 rows has each data set's share, within one row per data set.
+
+Weights may change at given rows. Between two changes shares are constant: each such span has a line
+per data set, which begins where rounding in earlier spans has left it, so that errors do not add
+up. Memory is a few numbers per data set and change, whatever the number of rows.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -15,67 +21,151 @@ from data_pipeline.errors import ConfigError
 Indices = npt.NDArray[np.int64]
 
 _RESOLUTION = 1 << 20
+_ROW = 1 << 40
+"""Units of a row in which errors of rounding are counted."""
+NEVER = -1
+"""Number of a row that the mixture never deals, since its data set's weight stays 0."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Weights from a row of the mixture on."""
+
+    first_row: int
+    weights: tuple[float, ...]
 
 
 class Mixture:
     """Deals rows to data sets by weight. One data set gets every row."""
 
-    def __init__(self, weights: Sequence[float]) -> None:
-        """Shares are rounded to a millionth, but never to 0.
+    def __init__(self, weights: Sequence[float], changes: Sequence[Change] = ()) -> None:
+        """`changes`, by increasing row above 0, replace the weights. A data set of weight 0 gets no
+        row. Shares are rounded to a millionth, but others never to 0.
 
-        Raises ConfigError for a weight that is not above 0.
+        Raises ConfigError for a negative or infinite weight, or if all are 0.
         """
-        if not weights or not all(0 < weight < float("inf") for weight in weights):
-            raise ConfigError(f"weights of data sets must be above 0, got {list(weights)}")
-        # Divided first, as the sum of large weights could be infinite.
-        ratios = [weight / max(weights) for weight in weights]
-        parts = [max(1, round(ratio / sum(ratios) * _RESOLUTION)) for ratio in ratios]
-        # Data set k takes parts[k] of every self._of[k] rows that remain after earlier ones.
-        self._parts = parts
-        self._of = [sum(parts[number:]) for number in range(len(parts))]
+        first_row = [0, *(change.first_row for change in changes)]
+        parts = [_parts_of(one) for one in (weights, *(change.weights for change in changes))]
+        # Data set k takes parts[k] of every of[k] rows that remain after earlier ones, as if
+        # phase[k] / of[k] of a row had been due before the span.
+        of = [[sum(one[number:]) for number in range(len(one))] for one in parts]
+        phases, before = [], [[0] * len(weights)]
+        late = [0] * len(weights)  # rows that are due and not dealt, in units of 1 / _ROW
+        for span, (start, stop) in enumerate(pairwise([*first_row, first_row[-1]])):
+            num_rows = stop - start
+            phases.append(_phases(parts[span], of[span], late))
+            dealt = _counts(num_rows, parts[span], of[span], phases[span])
+            for number, count in enumerate(dealt):
+                late[number] += num_rows * parts[span][number] * _ROW // of[span][0] - count * _ROW
+            before.append([a + b for a, b in zip(before[span], dealt, strict=True)])
+        self._first_row: Indices = np.array(first_row, dtype=np.int64)
+        self._parts: Indices = np.array(parts, dtype=np.int64)
+        self._of: Indices = np.array(of, dtype=np.int64)
+        self._phase: Indices = np.array(phases, dtype=np.int64)
+        self._before: Indices = np.array(before[:-1], dtype=np.int64)
 
     @property
     def shares(self) -> list[float]:
-        """Share of the rows that each data set provides; they add up to 1."""
-        return [part / self._of[0] for part in self._parts]
+        """Share of the rows that each data set provides at first; they add up to 1."""
+        return self.shares_at(0)
+
+    def shares_at(self, row: int) -> list[float]:
+        """Shares at a row of the mixture."""
+        span = int(self._span_of(np.array(row)))
+        return [int(part) / int(self._of[span, 0]) for part in self._parts[span]]
+
+    def counts(self, num_rows: int) -> list[int]:
+        """Number of rows of each data set among the first `num_rows` of the mixture."""
+        span = int(self._span_of(np.array(num_rows)))
+        tables = (self._parts[span], self._of[span], self._phase[span])
+        dealt = _counts(num_rows - int(self._first_row[span]), *(one.tolist() for one in tables))
+        return [int(a) + b for a, b in zip(self._before[span], dealt, strict=True)]
 
     def deal(self, number: Indices) -> tuple[Indices, Indices]:
         """Data set, and row within it, of each row of the mixture."""
-        if len(self._parts) == 1:
+        if self._parts.shape[1] == 1:
             return np.zeros_like(number), number
-        # The deal is periodic; within a period the products below do not overflow.
-        period, number = np.divmod(number, self._of[0])
-        data_set, row = self._deal_within_period(number)
-        parts: Indices = np.array(self._parts, dtype=np.int64)
-        row += period * parts[data_set]
+        span = self._span_of(number)
+        # The deal of a span is periodic; within a period the products below do not overflow.
+        period, number = np.divmod(number - self._first_row[span], self._of[span, 0])
+        data_set, row = self._deal_within_period(span, number)
+        row += period * self._parts[span, data_set] + self._before[span, data_set]
         return data_set, row
 
-    def _deal_within_period(self, number: Indices) -> tuple[Indices, Indices]:
-        data_set = np.full_like(number, len(self._parts) - 1)
+    def _deal_within_period(self, span: Indices, number: Indices) -> tuple[Indices, Indices]:
+        last = self._parts.shape[1] - 1
+        data_set = np.full_like(number, last)
         row = number.copy()
         undecided = np.ones(number.shape, dtype=np.bool_)
-        for index in range(len(self._parts) - 1):
-            given = self._given(index, row)
-            is_mine = undecided & (self._given(index, row + 1) > given)
+        for index in range(last):
+            given = self._given(span, index, row)
+            is_mine = undecided & (self._given(span, index, row + 1) > given)
             data_set[is_mine] = index
             row = np.where(is_mine, given, np.where(undecided, row - given, row))
             undecided &= ~is_mine
         return data_set, row
 
     def number_of(self, data_set: int, row: Indices) -> Indices:
-        """Row of the mixture of each row of a data set: the inverse of `deal`."""
-        period, number = np.divmod(row, self._parts[data_set])
-        row = number
-        if data_set < len(self._parts) - 1:
-            part, of = self._parts[data_set], self._of[data_set]
-            number = -((of // 2 - (row + 1) * of) // part) - 1
+        """Row of the mixture of each row of a data set: the inverse of `deal`; or NEVER."""
+        span = _once_if_equal(np.searchsorted(self._before[:, data_set], row, side="right") - 1)
+        parts, of, phase = self._parts[span], self._of[span], self._phase[span]
+        part = np.maximum(parts[..., data_set], 1)
+        period, number = np.divmod(row - self._before[span, data_set], part)
+        number = -((phase[..., data_set] - (number + 1) * of[..., data_set]) // part) - 1
         for index in reversed(range(data_set)):
-            part, of = self._parts[index], self._of[index]
-            number = (number * of + of // 2) // (of - part)
-        result: Indices = number + period * self._of[0]
-        return result
+            others = np.maximum(of[..., index] - parts[..., index], 1)
+            number = (number * of[..., index] + phase[..., index]) // others
+        number += period * of[..., 0] + self._first_row[span]
+        found: Indices = np.where(parts[..., data_set] > 0, number, NEVER)
+        return found
 
-    def _given(self, index: int, left: Indices) -> Indices:
+    def _span_of(self, number: Indices) -> Indices:
+        return _once_if_equal(np.searchsorted(self._first_row, number, side="right") - 1)
+
+    def _given(self, span: Indices, index: int, left: Indices) -> Indices:
         """Number of the first `left` rows after earlier data sets that this data set takes."""
-        of = self._of[index]
-        return (left * self._parts[index] + of // 2) // of
+        parts, of, phase = self._parts[span, index], self._of[span, index], self._phase[span, index]
+        given: Indices = (left * parts + phase) // np.maximum(of, 1)
+        return given
+
+
+def _once_if_equal(span: Indices) -> Indices:
+    """A single span if all are equal, so that the arithmetic has one number instead of an array."""
+    first = span.reshape(-1)[:1]
+    if not first.size or (span != first).any():
+        return span
+    return first.reshape(())
+
+
+def _parts_of(weights: Sequence[float]) -> list[int]:
+    if not any(weights) or not all(0 <= weight < float("inf") for weight in weights):
+        raise ConfigError(
+            f"weights of data sets must be finite, not negative, and not all 0, got {list(weights)}"
+        )
+    # Divided first, as the sum of large weights could be infinite.
+    ratios = [weight / max(weights) for weight in weights]
+    total = sum(ratios)
+    return [max(1, round(ratio / total * _RESOLUTION)) if ratio else 0 for ratio in ratios]
+
+
+def _phases(parts: list[int], of: list[int], late: list[int]) -> list[int]:
+    """Phases from which a span's lines make up for `late` rows, as far as one row per line does."""
+    phases = []
+    late_of_rest = sum(late[number] for number, part in enumerate(parts) if part)
+    for part, rest, own in zip(parts, of, late, strict=True):
+        # Half a row is due at first: rounding to the nearest number of rows.
+        due = rest // 2 + (rest * own - part * late_of_rest) // _ROW
+        phases.append(min(max(due, 0), rest - 1) if part else 0)
+        late_of_rest -= own if part else 0
+    return phases
+
+
+def _counts(num_rows: int, parts: list[int], of: list[int], phases: list[int]) -> list[int]:
+    """Number of rows of each data set among the first rows of a span."""
+    periods, left = divmod(num_rows, of[0])
+    counts = []
+    for part, rest, phase in zip(parts, of, phases, strict=True):
+        given = (left * part + phase) // max(rest, 1)
+        counts.append(periods * part + given)
+        left -= given
+    return counts

@@ -39,6 +39,11 @@ class RowGrid:
         """Number of rows that hold tokens."""
         return self._num_whole * self._stored_rows + self._num_short_rows
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """Number of places of the rectangle, empty ones included."""
+        return self.num_frames * self.rows_per_frame
+
     def locate(self, frame: Indices, row: Indices) -> tuple[Indices, Indices]:
         """Stored frame and row of each place.
 

@@ -7,13 +7,16 @@ of some shards; for remote ones, the manifest gives their mean. Assumptions are 
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
+
 from data_pipeline.errors import ConfigError, ShardsMissingError
-from data_pipeline.loading.mixture import Mixture
+from data_pipeline.loading.row_grid import RowGrid
 from data_pipeline.redaction import is_url
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.document_lengths import DocumentLengths
 from data_pipeline.shards.manifest import Manifest
 from megaback.config import Config
+from megaback.planning.data_mixture import DataMixture, DataUse, plan_mixture
 from megaback.planning.flops import attended_tokens
 
 DEFAULT_VOCAB_SIZE = 8_888
@@ -35,6 +38,10 @@ class RunFacts:
     shard_bytes: float | None
     notes: tuple[str, ...]
     """Assumptions that were made."""
+    data: tuple[DataUse, ...] = ()
+    """Use of each data set; empty if they do not exist yet."""
+    end_reason: str | None = None
+    """Reason why the run ends before the steps of its config; else None."""
 
 
 def attended_of(data_set: DataSet, context_tokens: int) -> float:
@@ -73,16 +80,23 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
     step_tokens = batch.global_batch_rows * batch.context_tokens
     steps = config.training.steps
     notes: list[str] = []
+    mixed: DataMixture | None = None
     try:
         data_sets = [DataSet.open(part.path) for part in parts]
     except ShardsMissingError:
         data_sets = []
     if data_sets:
         manifests = [data_set.manifest for data_set in data_sets]
-        shares = Mixture([part.weight for part in parts]).shares
+        training = config.training
+        if total_tokens is not None:
+            length = {"steps": ceil(total_tokens / step_tokens), "epochs": None}
+            training = training.model_copy(update=length)
+        rows = [_rows_per_epoch(manifest, batch.context_tokens) for manifest in manifests]
+        mixed = plan_mixture(config.data, batch, training, rows)
+        total_tokens = float(mixed.total_steps * step_tokens)
         attended = sum(
-            share * attended_of(data_set, batch.context_tokens)
-            for share, data_set in zip(shares, data_sets, strict=True)
+            use.share * attended_of(data_set, batch.context_tokens)
+            for use, data_set in zip(mixed.uses, data_sets, strict=True)
         )
         found = manifests[0].vocab_size
         if vocab_size not in (None, found):
@@ -91,8 +105,6 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
                 f"{found} pieces; omit it"
             )
         vocab_size = found
-        tokens = [manifest.total("train")["tokens"] for manifest in manifests]
-        epoch = max(count / share for count, share in zip(tokens, shares, strict=True))
         file_bytes = float(sum(shard.file_bytes for m in manifests for shard in m.shards))
         notes.append(
             f"documents of {config.data.description} have {_mean_length(manifests):,.0f} tokens on "
@@ -100,7 +112,7 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
         )
     else:
         attended = (batch.context_tokens + 1) / 2
-        epoch, file_bytes = None, None
+        file_bytes = None
         notes.append(
             f"{config.data.description} does not exist yet; assuming one document per row (a token "
             f"attends to {attended:,.0f} on average) and a vocabulary of "
@@ -108,9 +120,6 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
         )
     if total_tokens is None and steps is not None:
         total_tokens = float(steps * step_tokens)
-    elif total_tokens is None and epoch is not None:
-        rows = (config.training.epochs or 0.0) * epoch / batch.context_tokens
-        total_tokens = float(ceil(rows / batch.global_batch_rows) * step_tokens)
     if file_bytes is None and total_tokens is not None:
         file_bytes = total_tokens / (config.training.epochs or 1.0) * _SHARD_BYTES_PER_TOKEN
         notes.append(f"shards take {_SHARD_BYTES_PER_TOKEN} bytes per token")
@@ -125,7 +134,17 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
         total_tokens=total_tokens,
         shard_bytes=file_bytes,
         notes=tuple(notes),
+        data=() if mixed is None else mixed.uses,
+        end_reason=None if mixed is None else mixed.end_reason,
     )
+
+
+def _rows_per_epoch(manifest: Manifest, context_tokens: int) -> int:
+    shard_tokens = np.array([entry.tokens for entry in manifest.split("train")], dtype=np.int64)
+    num_tokens = int(shard_tokens.sum())
+    if not num_tokens or manifest.frame_tokens % context_tokens:  # refused when the run starts
+        return max(1, ceil(num_tokens / context_tokens))
+    return RowGrid(shard_tokens, manifest.frame_tokens, context_tokens).rows_per_epoch
 
 
 def _mean_length(manifests: list[Manifest]) -> float:

@@ -16,9 +16,10 @@ def check_rows(config: Config, world_size: int, steps: int) -> RowsCheck:
     batch = config.batch
     shards = open_shards(config.data)
     streams = shards.streams(batch, config.training.seed)
+    mixture = shards.mixed(batch, config.training, streams).mixture
 
     def loader(rank: int, ranks: int) -> TrainingLoader:
-        return TrainingLoader(streams, shards.mixture, batch.global_batch_rows, rank, ranks, 1)
+        return TrainingLoader(streams, mixture, batch.global_batch_rows, rank, ranks, 1)
 
     whole = loader(0, 1)
     ranks = [loader(rank, world_size) for rank in range(world_size)]

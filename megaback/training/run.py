@@ -80,7 +80,11 @@ def batch_arithmetic(run: Run, world: World) -> str:
     config, data = run.config, run.data
     compiled = "" if run.compiler is None else " compiled"
     tokens_per_step = config.batch.global_batch_rows * config.batch.context_tokens
-    epochs = data.total_steps * config.batch.global_batch_rows / data.rows_per_epoch
+    uses = data.mixed.uses
+    amount = f"{uses[0].epochs:.2f} epochs of {data.num_tokens:,} tokens"
+    if len(uses) > 1:
+        amount = f"{len(uses)} data sets"
+    lines = "".join(f"\n  {use.shown()}" for use in uses) if len(uses) > 1 else ""
     return (
         f"{run.num_parameters:,} parameters, vocabulary {data.codec.vocab_size:,}, writing "
         f"{data.text_format.directions.value} by {data.text_format.unit.value}; attention "
@@ -89,5 +93,5 @@ def batch_arithmetic(run: Run, world: World) -> str:
         f"step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "
         f"{world.size} ranks x {data.accumulation_steps} accumulation = {tokens_per_step:,} tokens"
         f"\n{data.total_steps:,} steps = {data.total_steps * tokens_per_step:,} tokens = "
-        f"{epochs:.2f} epochs of {data.num_tokens:,} tokens, in {data.num_lanes} lanes"
+        f"{amount}, in {data.num_lanes} lanes{lines}"
     )

@@ -105,7 +105,8 @@ def prepare_run(
         world.run_collectively(require_same_run, config, data, target, meta)
         world.run_collectively(require_readable, config.run)
         changes = changes_on_resume(meta.config, config)
-        ended = world.run_collectively(already_trained, config, meta, data.total_steps)
+        length = (data.total_steps, data.mixed.end_reason)
+        ended = world.run_collectively(already_trained, config, meta, *length)
         ended = world.of_first(ended, AlreadyTrained | None)
         if ended is not None and fetched_meta is None:
             data.training.close()

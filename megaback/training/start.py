@@ -32,9 +32,12 @@ class AlreadyTrained:
 
 
 def already_trained(
-    config: Config, meta: CheckpointMeta, total_steps: int
+    config: Config, meta: CheckpointMeta, total_steps: int, end_reason: str | None = None
 ) -> AlreadyTrained | None:
-    """The end of a run at its last checkpoint, or None. Raises CheckpointCorruptError, OSError."""
+    """The end of a run at its last checkpoint, or None. Raises CheckpointCorruptError, OSError.
+
+    `end_reason`: reason why it ends before the steps of the config.
+    """
     step, advice = meta.step, "raise training.steps to continue"
     if step < total_steps:
         measured = read_measurements(config.run, step) or [(step, meta.val_loss)]
@@ -44,6 +47,8 @@ def already_trained(
         reason, total_steps, advice = patience.reason, step, "raise validation.patience to continue"
     elif step > total_steps:
         reason = f"{step} steps are done, and the config has {total_steps}"
+    elif end_reason is not None:
+        reason, advice = end_reason, "raise max_epochs to continue"
     else:
         reason = "trained to the end"
     ending = read_exit(config.run)

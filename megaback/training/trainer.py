@@ -146,7 +146,7 @@ class Trainer:
         self._checkpoints.drain(self._saved_step)
         self._world.stop_if_any(self._log_error)
         if not self._early_stopping.is_exhausted:
-            return "trained to the end"
+            return run.data.mixed.end_reason or "trained to the end"
         self.log(self._early_stopping.reason)
         return self._early_stopping.reason
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.loading.frame_store import FrameStore
 from data_pipeline.loading.loader import Stream, TrainingLoader
-from data_pipeline.loading.mixture import Mixture
+from data_pipeline.loading.mixture import Change, Mixture
 from data_pipeline.loading.order import Order
 from data_pipeline.loading.row_grid import RowGrid
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch, RowReader
@@ -38,12 +38,17 @@ class Reading:
     lane_rows: list[int] = field(default_factory=lambda: [6])
     """Rows per lane in a batch of each data set alone."""
     weights: list[float] = field(default_factory=lambda: [1.0])
+    changes: list[Change] = field(default_factory=list)
     context_tokens: int = 16
     window_frames: int = 2
     seed: int = 1
     direction: Direction = Direction.BACKWARD
     forward_share: float | None = None
     """Share of the rows that a model of both directions reads forward."""
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture(self.weights, self.changes)
 
     def stream(self, number: int, store: FrameStore) -> Stream:
         manifest = store.manifest
@@ -87,7 +92,7 @@ class Corpus:
     ) -> TrainingLoader:
         return TrainingLoader(
             self.streams(stores),
-            Mixture(self.reading.weights),
+            self.reading.mixture,
             BATCH_ROWS,
             rank,
             world_size,
@@ -141,10 +146,16 @@ def readings(draw: st.DrawFn, num_data_sets: int) -> Reading:
     def of_each(values: st.SearchStrategy[Any]) -> Any:
         return draw(st.lists(values, min_size=num_data_sets, max_size=num_data_sets))
 
+    only_last = (*[0.0] * (num_data_sets - 1), 1.0)
+    changes = [
+        Change(BATCH_ROWS + 7, only_last),
+        Change(draw(st.integers(40, 200)), tuple(of_each(st.sampled_from([1.0, 3.0])))),
+    ]
     return Reading(
         lanes=of_each(st.integers(1, 6)),
         lane_rows=of_each(st.integers(1, 4)),
         weights=of_each(st.sampled_from([1.0, 2.0, 0.7])),
+        changes=draw(st.sampled_from([[], changes])),
         context_tokens=draw(st.sampled_from([4, 16, 64])),
         window_frames=draw(st.integers(1, 4)),
         seed=draw(st.integers(0, 2**63)),

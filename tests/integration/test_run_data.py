@@ -68,22 +68,34 @@ def damaged_shards(tiny_shards: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_mixture_gives_two_ranks_the_losses_of_one(
+def test_a_changing_mixture_gives_two_ranks_and_a_resumed_one_the_losses_of_one(
     train: Callable[..., Run],
     train_one_rank: Callable[..., Run],
     tiny_shards: Path,
     other_shards: Path,
     tmp_path: Path,
 ) -> None:
-    mixed = json.dumps([{"path": str(tiny_shards), "weight": 3}, {"path": str(other_shards)}])
-    overrides = (f"data.shards={mixed}", f"training.steps={STEPS}")
-    for runner, name, more in (
-        (train_one_rank, "one", ()),
-        (train, "two", ("hardware.processes=2",)),
-    ):
+    shards = [
+        {"path": str(tiny_shards), "weight": {0: 3, 0.3: 0, 0.7: 1}},
+        {"path": str(other_shards), "weight_interpolation": "linear", "weight": {0: 1, 1: 4}},
+    ]
+    overrides = (
+        f"data.shards={json.dumps(shards)}",
+        *(f"training.steps={STEPS}", f"checkpoint.every_steps={STEPS // 2}"),
+    )
+
+    def run(runner: Callable[..., Run], name: str, *more: str) -> None:
         result = runner(tmp_path / name, *overrides, *more)
         assert result.returncode == 0, result.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+        assert "(at first 74.9%, at last 20.1%)" in result.stdout
+
+    run(train_one_rank, "one")
+    expected = losses(tmp_path / "one")
+    run(train, "two", "hardware.processes=2")
+    assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-4)
+    shutil.rmtree(complete_checkpoints(tmp_path / "two")[-1])
+    run(train_one_rank, "two")
+    assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -40,6 +40,43 @@ def write_config(folder: Path, fields: object = SMALL) -> Path:
     return path
 
 
+MIXED = "data.shards=[{{path: web, weight: {}}}, {{path: books, {}}}]"
+
+
+@pytest.mark.parametrize(
+    ("weight", "books", "more", "message"),
+    [
+        ("0", "weight: 1", "", "data.shards.0.weight = 0: 0 is not in the range x>0"),
+        ("{0.5: 1}", "weight: 1", "", "give the weight at position 0"),
+        ("{0: 0, 0.5: 0}", "weight: 1", "", "every weight is 0; remove the data set"),
+        ("{0: -1}", "weight: 1", "", "-1 is not in the range x>=0"),
+        ("{0: true}", "weight: 1", "", "is not a number"),
+        ("{0: 1, 2e9: 3}", "weight: 1", "", "the position 2e+09 of a weight is not a fraction"),
+        ("{0: 1, 0.5: 0}", "weight: {0: 2, 0.4: 0}", "", "every weight is 0 from position 0.5 on"),
+        ("1", "max_epochs: 0", "", "data.shards.1.max_epochs = 0: "),
+        ("1", "after_max_epochs: repeat", "", "data.shards.1.after_max_epochs = 'repeat': "),
+        ("{0: 1, 9: 0}", "weight: {0: 0}", "data.weight_positions=tokens", "every weight is 0"),
+    ],
+)
+def test_an_invalid_weight_is_refused(
+    tmp_path: Path, weight: str, books: str, more: str, message: str
+) -> None:
+    overrides = (MIXED.format(weight, books), *more.split())
+    assert message in refusal(write_config(tmp_path), *overrides)
+
+
+def test_weights_over_training_are_read_back_as_written(tmp_path: Path) -> None:
+    weights = MIXED.format("{0.8: 1, 0: 3e0}", "weight_interpolation: linear, max_epochs: 4")
+    config = load_config(write_config(tmp_path), (weights,))
+    web, books = config.data.shards
+    assert web.weight == {0.0: 3.0, 0.8: 1.0}
+    assert (books.max_epochs, books.after_max_epochs) == (4, "drop")
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(config.to_yaml())
+    assert load_config(copy) == config
+    assert config.data.description == "web x 3, then 1, books x 1"
+
+
 def refusal(path: Path, *overrides: str) -> str:
     """The error message of an invalid config."""
     with pytest.raises(ConfigError) as caught:

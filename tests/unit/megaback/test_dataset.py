@@ -342,6 +342,7 @@ def test_a_step_is_a_whole_number_and_its_state_is_json(tiny_shards: Path) -> No
         ({"rank": "0", "world_size": "2"}, ConfigError, "`rank` is '0'"),
         ({"rank": 0, "world_size": 3}, BatchError, "global_batch_rows 8"),
         ({"shards": {"nowhere": 0.0}}, ConfigError, "shards.0.weight = 0.0: "),
+        ({"shards": {"nowhere": {0: 1.0, 0.5: 2.0}}}, ConfigError, "is a dictionary; weights over"),
         ({"shards": "nowhere"}, ShardsMissingError, "nowhere"),
         ({"shards": ["a", "b"]}, ConfigError, "`shards` is of type list"),
         ({"shards": None}, ConfigError, "`shards` is of type NoneType"),

@@ -351,10 +351,28 @@ def mixed(tmp_path: Path, finished: Path, tiny_shards: Path) -> Path:
     return write_config(tmp_path / "mixed.yaml", shards)
 
 
-@pytest.mark.parametrize("epoch", [0, 2])
-def test_reported_rows_of_a_mixture_hold_the_documents(
-    mixed: Path, finished: Path, tiny_shards: Path, epoch: int
+def test_a_row_after_a_data_set_is_dropped_is_read_by_no_step(
+    tmp_path: Path, finished: Path, tiny_shards: Path
 ) -> None:
+    shards = [{"path": str(finished), "max_epochs": 1}, {"path": str(tiny_shards)}]
+    config = write_config(tmp_path / "dropped.yaml", shards, steps=1000)
+    options = (config, "--document", 5, "--shards", finished)
+    (first,) = located(*options)
+    assert sum(row["stop"] - row["start"] for row in first["rows"]) == first["tokens"]
+    (third,) = located(*options, "--epoch", 2)
+    assert third["rows"] == []
+    assert "no step reads it: its data set" in locate(*options, "--epoch", 2).stdout
+
+
+@pytest.mark.parametrize(
+    ("epoch", "weight"), [(0, 0.3), (2, 0.3), (0, {0: 0.3, 0.2: 0, 0.5: 2}), (1, {0: 0, 0.7: 1})]
+)
+def test_reported_rows_of_a_mixture_hold_the_documents(
+    mixed: Path, finished: Path, tiny_shards: Path, epoch: int, weight: object
+) -> None:
+    fields = json.loads(mixed.read_text())
+    fields["data"]["shards"][0]["weight"] = weight
+    mixed.write_text(json.dumps(fields))
     row_ids = reader_of(load_config(mixed), 2)
     for folder in (finished, tiny_shards):
         options = ("--shards", folder, "--epoch", epoch, "--world-size", 2)

@@ -128,7 +128,7 @@ def tokens_of_an_epoch(
     corpus: Corpus, epoch: int, world_size: int, threads: int
 ) -> list[Counter[int]]:
     """The ids that the ranks' batches hold of an epoch of each data set."""
-    mixture, streams = Mixture(corpus.reading.weights), corpus.streams()
+    mixture, streams = corpus.reading.mixture, corpus.streams()
     steps = steps_of_an_epoch(mixture, streams, epoch)
     of_ranks = [
         at_steps(corpus.training(rank, world_size, threads=threads), steps)

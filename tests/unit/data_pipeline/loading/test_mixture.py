@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError
-from data_pipeline.loading.mixture import Mixture
+from data_pipeline.loading.mixture import NEVER, Change, Mixture
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # an overflow
 
@@ -140,12 +140,80 @@ def test_rows_are_dealt_as_recorded() -> None:
     ]
 
 
-@pytest.mark.parametrize("weight", [0, -1, -1e-9, float("inf"), float("-inf"), float("nan")])
-def test_a_weight_that_is_not_above_0_is_refused_and_shown(weight: float) -> None:
+@st.composite
+def changing(draw: st.DrawFn) -> Mixture:
+    """Mixtures of which any weight may be 0 for a time."""
+    num_data_sets = draw(st.integers(1, 5))
+    weight = st.one_of(st.sampled_from([0.0, 1.0, 3.0]), st.floats(0.01, 100))
+    weights = st.lists(weight, min_size=num_data_sets, max_size=num_data_sets).filter(any)
+    rows = draw(st.lists(st.integers(1, 2900) | st.integers(1, 30), max_size=8, unique=True))
+    changes = [Change(row, tuple(draw(weights))) for row in sorted(rows)]
+    return Mixture(draw(weights), changes)
+
+
+@MODERATELY
+@given(mixture=changing(), num_rows=st.integers(0, 3000))
+def test_any_beginning_has_the_shares_of_its_time_within_half_a_row_per_data_set(
+    mixture: Mixture, num_rows: int
+) -> None:
+    data_set, row = mixture.deal(stretch(0, 3000))
+    shares = np.array([mixture.shares_at(number) for number in range(3000)])
+    dealt = np.eye(shares.shape[1])[data_set]
+    assert not dealt[shares == 0].any()
+    excess = np.abs(np.cumsum(dealt, axis=0) - np.cumsum(shares, axis=0)).max()
+    assert excess <= max(0.5, shares.shape[1] / 2) + 1e-6
+    assert mixture.counts(num_rows) == dealt[:num_rows].sum(axis=0).tolist()
+    for index in range(shares.shape[1]):
+        found = np.flatnonzero(data_set == index)
+        assert row[found].tolist() == list(range(len(found)))
+        assert mixture.number_of(index, row[found]).tolist() == found.tolist()
+
+
+@MODERATELY
+@given(mixture=changing(), start=PLACES)
+def test_the_deal_after_the_last_change_is_inverted_anywhere(mixture: Mixture, start: int) -> None:
+    numbers = stretch(start)
+    data_set, row = mixture.deal(numbers)
+    for index in set(data_set.tolist()):
+        mine = data_set == index
+        assert mixture.number_of(index, row[mine]).tolist() == numbers[mine].tolist()
+
+
+def test_rows_before_a_change_are_those_of_the_mixture_without_it() -> None:
+    changed = Mixture([3, 1, 2], [Change(777, (0, 1, 1))])
+    for found, expected in zip(
+        changed.deal(stretch(0, 777)), Mixture([3, 1, 2]).deal(stretch(0, 777)), strict=True
+    ):
+        assert found.tolist() == expected.tolist()
+
+
+def test_errors_of_rounding_do_not_add_up_over_many_changes() -> None:
+    changes = [Change(7 * n, (1.0, (1, 3)[n % 2])) for n in range(1, 20_000)]
+    counts = Mixture([1, 1], changes).counts(140_000)
+    assert counts[0] == pytest.approx(140_000 * (1 / 2 + 1 / 4) / 2, abs=1)
+
+
+def test_a_row_of_a_data_set_whose_weight_stays_0_is_never_dealt() -> None:
+    mixture = Mixture([1, 1], [Change(10, (1, 0))])
+    assert mixture.number_of(1, np.array([4, 5, 6])).tolist() == [9, NEVER, NEVER]
+
+
+def test_changed_weights_are_dealt_as_recorded() -> None:
+    """Recorded values: a change here changes the data of every run with changing weights."""
+    mixture = Mixture([0.6, 0.3, 0.1], [Change(7, (0, 0.5, 1)), Change(13, (1, 1, 0.3))])
+    data_set, row = mixture.deal(stretch(0, 24))
+    assert "".join(map(str, data_set.tolist())) == "0102001" + "212212" + "01011020101"
+    rows = [0, 0, 1, 0, 2, 3, 1, 1, 2, 2, 3, 3, 4, 4, 4, 5, 5, 6, 6, 5, 7, 7, 8, 8]
+    assert row.tolist() == rows
+
+
+@pytest.mark.parametrize("weight", [-1, -1e-9, float("inf"), float("-inf"), float("nan")])
+def test_a_negative_or_infinite_weight_is_refused_and_shown(weight: float) -> None:
     with pytest.raises(ConfigError, match=str(weight)):
         Mixture([1.0, weight])
 
 
-def test_an_empty_mixture_is_refused() -> None:
+@pytest.mark.parametrize("weights", [[], [0], [0, 0.0]])
+def test_a_mixture_of_nothing_is_refused(weights: list[float]) -> None:
     with pytest.raises(ConfigError):
-        Mixture([])
+        Mixture(weights)

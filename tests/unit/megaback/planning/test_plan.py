@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import ConfigError
 from megaback.config import Config
 from megaback.config_file import load_config
+from megaback.data import open_data
 from megaback.planning.data_facts import RunFacts, run_facts
 from megaback.planning.devices import DEVICES, cpu_device, devices_named_like, find_device
 from megaback.planning.network import step_traffic
@@ -207,6 +208,15 @@ def test_facts_of_a_data_set_are_read_from_its_manifest(tiny_shards: Path) -> No
     assert facts.total_tokens == 2000 * 8 * 64
     assert 1 < facts.attended_tokens < 64
     assert facts.shard_bytes == sum(path.stat().st_size for path in tiny_shards.glob("*.zst"))
+
+
+def test_a_plan_has_the_steps_and_epochs_of_the_run(tiny_shards: Path) -> None:
+    shards = [{"path": str(tiny_shards), "max_epochs": 2}, {"path": str(tiny_shards), "weight": 3}]
+    overrides = (f"data.shards={json.dumps(shards)}", "batch.context_tokens=64")
+    for length in (["training.steps=300"], ["training.steps=null", "training.epochs=1.5"]):
+        config = config_of("demo", *overrides, *length)
+        facts = run_facts(config, None, None)
+        assert facts.data == open_data(config, 0, 1).mixed.uses
 
 
 def test_a_vocabulary_size_that_contradicts_the_shards_is_refused(tiny_shards: Path) -> None:

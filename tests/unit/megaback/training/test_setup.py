@@ -1,6 +1,7 @@
 """Setup of a run: the lock of its folder, its start record, and the checkpoint to resume from."""
 
 import json
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from data_pipeline.loading.order import ORDER_VERSION
 from megaback.checkpoints.saver import CheckpointSaver
 from megaback.checkpoints.state import named_state
 from megaback.config import Config
+from megaback.data import open_data
 from megaback.distributed.world import CollectiveExit, World
 from megaback.faults.exit_record import read_exit, read_history
 from megaback.faults.watchdog import Watchdog
@@ -23,6 +25,7 @@ from megaback.run_folder import (
     complete_checkpoints,
 )
 from megaback.training.run import Run, batch_arithmetic
+from megaback.training.same_run import require_same_run
 from megaback.training.setup import prepare_run
 from megaback.training.start import AlreadyTrained
 
@@ -160,6 +163,30 @@ def test_a_run_of_another_order_of_rows_is_refused_and_one_from_before_versions_
     assert isinstance(error, RunMismatchError)
     for version in (f"has version {ORDER_VERSION + 1}", f"has version {ORDER_VERSION},"):
         assert version in str(error)
+
+
+def test_a_run_of_changing_weights_is_refused_by_the_name_of_what_would_change_its_rows(
+    config_of: Configs, training_world: World, tiny_shards: Path
+) -> None:
+    def mixed(weight: object = {0: 3, 0.5: 1}, steps: int = 4, **more: object) -> Config:
+        shards = [{"path": str(tiny_shards), "weight": weight}, {"path": str(tiny_shards), **more}]
+        training = {"steps": steps, "precision": "fp32"}
+        return config_of(data={"shards": shards}, training=training)
+
+    with prepared(mixed(), training_world) as run:
+        save(run, 2, training_world)
+        meta = run.meta(2, None, training_world)
+    with prepared(mixed(), training_world) as run:
+        assert run.start_step == 2
+
+    for other, message in (
+        (mixed(steps=8), "training.steps = 4, and the config has training.steps = 8, on which"),
+        (mixed({0: 3, 0.5: 2}), "data.shards[0].weight.0.5 = 1.0, and the config has"),
+        (mixed(max_epochs=2), "data.shards[1].max_epochs = null, and the config has"),
+    ):
+        data = open_data(other, 0, 1)
+        with pytest.raises(RunMismatchError, match=re.escape(message)):
+            require_same_run(other, data, run.config.run, meta)
 
 
 def test_the_default_share_of_forward_rows_may_be_given_on_resume_and_no_other(

@@ -54,6 +54,13 @@ def test_a_run_whose_last_step_is_saved_is_trained_to_the_end(
     assert "training.steps" in left.message
 
 
+def test_a_run_that_max_epochs_has_ended_reports_it(tmp_path: Path) -> None:
+    left = already_trained(config_of(tmp_path), meta_at(STEPS), STEPS, "books has been read twice")
+    assert left is not None
+    assert left.reason == "books has been read twice"
+    assert "raise max_epochs to continue" in left.message
+
+
 def test_fewer_steps_than_are_done_are_not_the_end_of_the_run(tmp_path: Path) -> None:
     left = already_trained(config_of(tmp_path), meta_at(STEPS), 10)
 

@@ -1,0 +1,161 @@
+"""Weights of data sets over training, as the changes of a mixture.
+
+Positions of training are fractions of it, or tokens. A linear weight is a staircase of `STAIRS`
+equal steps between two positions, each with the weight in its middle.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
+
+import numpy as np
+
+from data_pipeline.loading.mixture import NEVER, Change, Mixture
+
+STAIRS = 256
+_ROWS_OF_MEAN = 1 << 40
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Weight of a data set, by position of training."""
+
+    points: tuple[tuple[float, float], ...]
+    """(position, weight) pairs, by increasing position from 0."""
+    is_linear: bool = False
+    """Whether weights between two positions are on a line, instead of those of the first one."""
+
+    @property
+    def is_constant(self) -> bool:
+        return len({weight for _, weight in self.points}) == 1
+
+    def after(self, position: float) -> float:
+        """Weight from a position on."""
+        return self._at(position, bisect_right)
+
+    def before(self, position: float) -> float:
+        """Weight shortly before a position above 0."""
+        return self._at(position, bisect_left)
+
+    def _at(self, position: float, bisect: Callable[[tuple[float, ...], float], int]) -> float:
+        positions, weights = zip(*self.points, strict=True)
+        if self.is_linear:
+            return float(np.interp(position, positions, weights))
+        weight: float = weights[bisect(positions, position) - 1]
+        return weight
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Maximum number of rows that are read of a data set."""
+
+    rows: int
+    ends_run: bool
+    """Whether the run ends there, instead of continuing with the other data sets."""
+
+
+@dataclass(frozen=True)
+class Limited:
+    """A mixture in which no data set exceeds its limit, up to its end."""
+
+    mixture: Mixture
+    dropped: dict[int, int]
+    """Row of the mixture from which on a data set that has reached its limit is not read."""
+    end: tuple[int, int] | None
+    """Row at which the run ends, and the data set whose limit ends it."""
+
+
+def positions_of(weights: Sequence[Weight]) -> list[float]:
+    """Every position at which a weight begins to change, by increasing position from 0."""
+    return sorted({position for weight in weights for position, _ in weight.points})
+
+
+def moment_without_data(weights: Sequence[Weight], end: float = inf) -> float | None:
+    """The first position before `end` from which on every weight is 0 for a time; or None."""
+    for begin, stop in pairwise([*positions_of(weights), inf]):
+        is_empty = not any(one.after(begin) or one.before(stop) for one in weights)
+        if is_empty and begin < end:
+            return begin
+    return None
+
+
+def changes_of(weights: Sequence[Weight], row_of: Callable[[float], int]) -> list[Change]:
+    """Weights from rows of a mixture on, the first from row 0; `row_of` maps positions to rows."""
+    found: dict[int, tuple[float, ...]] = {}
+    for begin, stop in pairwise([*positions_of(weights), inf]):
+        first = row_of(begin)
+        if any(one.after(begin) != one.before(stop) for one in weights):
+            rows = row_of(stop) - first
+            stairs = min(STAIRS, rows)
+            for stair in range(stairs):
+                middle = begin + (stop - begin) * (stair + 0.5) / stairs
+                found[first + rows * stair // stairs] = tuple(one.after(middle) for one in weights)
+        else:
+            found[first] = tuple(one.after(begin) for one in weights)
+    return [Change(row, values) for row, values in found.items() if any(values)]
+
+
+def peak_shares(weights: Sequence[Weight]) -> list[float]:
+    """The largest share of each data set at any time."""
+    # Between two positions, a share only rises or only falls.
+    moments = [
+        values
+        for begin, stop in pairwise([*positions_of(weights), inf])
+        for values in ([one.after(begin) for one in weights], [one.before(stop) for one in weights])
+        if any(values)
+    ]
+    shares = [Mixture(values).shares for values in moments]
+    return [max(of_data_set) for of_data_set in zip(*shares, strict=True)]
+
+
+def mean_shares(weights: Sequence[Weight]) -> list[float]:
+    """Shares of all rows of a training whose weights are given at fractions of it."""
+    first, *later = changes_of(weights, lambda fraction: round(fraction * _ROWS_OF_MEAN))
+    counts = Mixture(first.weights, later).counts(_ROWS_OF_MEAN)
+    return [count / _ROWS_OF_MEAN for count in counts]
+
+
+def limited(changes: Sequence[Change], limits: Sequence[Limit | None]) -> Limited:
+    """The mixture of `changes`, of which each data set takes part until it has reached its limit.
+
+    Its weight is 0 from then on. The end is where a limit ends the run, or no data set is left.
+    """
+    dropped: dict[int, int] = {}
+    end: tuple[int, int] | None = None
+    while True:
+        mixture = Mixture(changes[0].weights, changes[1:])
+        reached = [
+            (row, number)
+            for number, limit in enumerate(limits)
+            if limit is not None and number not in dropped
+            for row in [int(mixture.number_of(number, np.array(limit.rows)))]
+            if row != NEVER and (end is None or row < end[0])
+        ]
+        if not reached:
+            return Limited(mixture, dropped, end)
+        row, number = min(reached)
+        limit = limits[number]
+        if limit is not None and limit.ends_run:
+            return Limited(mixture, dropped, (row, number))
+        dropped[number] = row
+        changes = _without(changes, number, row)
+        empty = next((change for change in changes if not any(change.weights)), None)
+        if empty is not None:
+            end = (empty.first_row, number)
+            changes = [change for change in changes if change.first_row < empty.first_row]
+
+
+def _without(changes: Sequence[Change], number: int, row: int) -> list[Change]:
+    """Changes with a data set of weight 0 from a row on."""
+    earlier = [change for change in changes if change.first_row < row]
+    later = [Change(row, earlier[-1].weights)] if earlier else []
+    later += [change for change in changes if change.first_row >= row]
+    emptied = {
+        change.first_row: tuple(
+            0.0 if index == number else weight for index, weight in enumerate(change.weights)
+        )
+        for change in later
+    }
+    return [*earlier, *(Change(*of_row) for of_row in emptied.items())]

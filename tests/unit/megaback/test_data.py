@@ -1,0 +1,59 @@
+"""Fingerprints of mixtures: those of constant weights never change."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megaback.config_data import DataSection
+from megaback.data import _fingerprint
+
+WEIGHTS = (3, 1, 0.7)
+
+
+def fingerprint(*parts: dict[str, Any], **more: Any) -> str:
+    data_sets: Any = [
+        SimpleNamespace(manifest=SimpleNamespace(fingerprint=letter * 64))
+        for letter in "abc"[: len(parts)]
+    ]
+    shards = [{"path": "shards", **part} for part in parts]
+    return _fingerprint(data_sets, DataSection.model_validate({"shards": shards, **more}))
+
+
+def mixture_with(part: dict[str, Any], **more: Any) -> str:
+    return fingerprint(*({"weight": weight} for weight in WEIGHTS[:2]), part, **more)
+
+
+RECORDED = "14c5b531e71dc431e32d9c3e6fe153d47d8b18114f28da08781ba52fc5a1367f"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"weight": 0.7},
+        {"weight": {0: 0.7, 0.5: 0.7}},
+        {"weight": 0.7, "max_epochs": 2, "after_max_epochs": "stop"},
+    ],
+)
+def test_a_constant_mixture_has_the_recorded_fingerprint(part: dict[str, Any]) -> None:
+    """Recorded values: a change here refuses to resume every run with a mixture."""
+    assert mixture_with(part) == RECORDED
+
+
+def test_a_single_data_set_has_its_own_fingerprint() -> None:
+    assert fingerprint({"weight": 2, "max_epochs": 3}) == "a" * 64
+
+
+def test_all_that_changes_the_rows_changes_the_fingerprint() -> None:
+    changing = {"weight": {0: 0.7, 0.5: 1}}
+    found = [
+        RECORDED,
+        mixture_with({"weight": 0.7, "max_epochs": 2}),
+        mixture_with({"weight": 0.7, "max_epochs": 3}),
+        mixture_with(changing),
+        mixture_with({**changing, "weight_interpolation": "linear"}),
+        mixture_with({**changing, "max_epochs": 2}),
+        mixture_with(changing, weight_positions="tokens"),
+        mixture_with({"weight": {0: 0.7, 0.6: 1}}),
+    ]
+    assert len(set(found)) == len(found)
