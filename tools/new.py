@@ -40,7 +40,7 @@ from megaback.planning.plan import DEFAULT_MFU, Cluster, plan_run
 
 _MARK = "# Written by `megaback new"
 _GPUS_PER_NODE = 8
-_START_S = 20.0
+START_S = 20.0
 """Time in which a run on a CPU starts, loads, and saves at its end."""
 _FIRST_GUESS_FLOPS = 2e10
 
@@ -236,10 +236,10 @@ def _timed(
     data: DataSummary,
     cluster: Cluster,
 ) -> Budget:
-    seconds = 60 * minutes - (_START_S if cluster.device.is_cpu else 0.0)
+    seconds = 60 * minutes - (START_S if cluster.device.is_cpu else 0.0)
     if seconds <= 0:
         raise ConfigError(
-            f"`minutes` is {minutes:g}, and a run takes {_START_S:.0f} s to start and to save; "
+            f"`minutes` is {minutes:g}, and a run takes {START_S:.0f} s to start and to save; "
             "give more"
         )
     budget = replace(budget, seconds=seconds)

@@ -144,15 +144,16 @@ class Folder:
                 for key in ("steps", "epochs")
                 if training[key] is not None
             )
-        before = _cpu_s_of_children()
+        before = cpu_s_of_children()
         run(
             *("train", str(self.config), f"run={path}", f"data.shards={shards}"),
             *(f"data.direction={direction}", f"training.seed={seed}", *length),
         )
-        return round(_cpu_s_of_children() - before, 1)
+        return round(cpu_s_of_children() - before, 1)
 
 
-def _cpu_s_of_children() -> float:
+def cpu_s_of_children() -> float:
+    """CPU time of the processes that this one has started and that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

@@ -1,5 +1,6 @@
 """Rate of training steps on this machine's CPU, measured on the model that is planned."""
 
+from collections.abc import Callable
 from statistics import median
 from time import monotonic
 
@@ -19,12 +20,17 @@ _DURATION_S = 3.0
 
 
 def measured_flops(
-    shape: ModelSection, vocab_size: int, context_tokens: int, batch_rows: int, threads: int
+    shape: ModelSection,
+    vocab_size: int,
+    context_tokens: int,
+    batch_rows: int,
+    threads: int,
+    clock: Callable[[], float] = monotonic,
 ) -> float:
     """FLOP/s of steps in fp32 with random tokens: of the model, and of Muon's matrix products.
 
     Rows are single documents. Larger batches are measured by a part of their rows. Sets the number
-    of PyTorch's threads.
+    of PyTorch's threads. `clock`: in seconds.
     """
     torch.set_num_threads(threads)
     rows = max(min(batch_rows, _MAX_TOKENS // context_tokens), 1)
@@ -39,11 +45,11 @@ def measured_flops(
     segments = Segments.from_lengths((context_tokens,) * rows, ids_T.device)
 
     def step_s() -> float:
-        start = monotonic()
+        start = clock()
         model(ids_T, ids_T, positions_T, segments).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        return monotonic() - start
+        return clock() - start
 
     step_s()  # allocates
     durations: list[float] = []
