@@ -27,8 +27,8 @@ from megaback.profiling.report import (
     TRACE_NAME,
     WARMUP_STEPS,
     Profile,
-    overrides_of,
     report_path,
+    short_config,
 )
 
 _RANK_MODULE = "megaback.profiling.rank"
@@ -90,7 +90,7 @@ def main(
         is_ours=lambda path: report_path(path).is_file(),
         overwrite=overwrite,
     )
-    settings = load_config(config, overrides_of(overrides, out, steps))
+    settings = short_config(config, overrides, out, steps)
     processes = count_ranks(settings)
     if rank >= processes:
         raise ConfigError(f"`rank` is {rank}, but there are {processes} ranks, numbered from 0")

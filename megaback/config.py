@@ -4,10 +4,10 @@ Each field has a docstring. Unknown keys and invalid values are errors. Loads no
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from data_pipeline.common import number_ranges as ranges
 from data_pipeline.errors import BatchError
@@ -223,6 +223,10 @@ class ZeroSection(Section):
         return self
 
 
+Kept = Literal["weights", "optimizer", "schedule", "data"]
+ALL_KEPT: tuple[Kept, ...] = get_args(Kept)
+
+
 class Config(Section):
     """Config of a whole run."""
 
@@ -231,6 +235,12 @@ class Config(Section):
     init_from: Path | None = None
     """Source of the initial weights: a folder of `megaback convert --to full`, another run, or one
     of its checkpoints. Default: random weights."""
+    branch_from: Path | None = None
+    """Checkpoint from which the run continues as a branch, or a run: its newest one. Used at the
+    first start only. Default: none."""
+    keep: tuple[Kept, ...] = ALL_KEPT
+    """State that a branch continues. weights: always; optimizer: its moments; schedule: the step,
+    and with it the learning rate; data: the order, after the rows already read."""
     data: DataSection
     """Data sets, and how they are read."""
     model: ModelSection
@@ -253,6 +263,22 @@ class Config(Section):
     """Steps whose update is skipped."""
     logging: LoggingSection = LoggingSection()
     """Console and trackers."""
+
+    @field_validator("keep")
+    @classmethod
+    def _in_order(cls, keep: tuple[Kept, ...]) -> tuple[Kept, ...]:
+        return tuple(part for part in ALL_KEPT if part == "weights" or part in keep)
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "Config":
+        if self.branch_from is not None and self.init_from is not None:
+            raise ValueError(
+                "branch_from and init_from exclude each other; remove init_from to continue a "
+                "checkpoint, or branch_from to start from weights alone"
+            )
+        if self.branch_from is None and self.keep != ALL_KEPT:
+            raise ValueError("keep is for branches only; set branch_from or remove it")
+        return self
 
     @model_validator(mode="after")
     def _samples_of_both(self) -> "Config":

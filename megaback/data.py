@@ -22,6 +22,13 @@ from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.frame_cache import CacheSettings
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction, Prompt, TextCodec, TextFormat
+from megaback.branch_order import (
+    require_same_data,
+    require_steps_left,
+    require_whole_lanes,
+    whole_steps,
+)
+from megaback.branches import BranchPoint, find_branch_point
 from megaback.config import BatchSection, Config, TrainingSection, split_batch
 from megaback.config_data import DataSection
 from megaback.planning.data_facts import attended_of
@@ -65,6 +72,11 @@ class Data:
     training: TrainingLoader
     micro_batch_rows: int
     accumulation_steps: int
+    branch: BranchPoint | None
+    """Checkpoint that the run continues, if it is a branch."""
+    read_steps: int
+    """Steps of the order that the run's own steps are later, if it continues the trunk's data; or
+    earlier, if it continues the trunk's count of steps alone."""
     val: tuple[RowReader, ...]
     given: GivenTexts
 
@@ -94,6 +106,10 @@ class Data:
     def num_lanes(self) -> int:
         return sum(stream.order.lanes for stream in self.streams)
 
+    def batches_at(self, step: int) -> list[Batch]:
+        """The rank's micro-batches of a step, from 0. Raises the errors of `training.at`."""
+        return self.training.at(step + self.read_steps)
+
     def attended_tokens(self) -> float:
         """Mean number of tokens that a token attends to, for FLOPs. Raises ShardCorruptError."""
         return sum(
@@ -122,20 +138,27 @@ class OpenShards:
         """Fingerprint of the contents of the data set or, with the weights, of all data sets."""
         return _fingerprint(self.data_sets, self.section)
 
-    def streams(self, batch: BatchSection, seed: int) -> tuple[Stream, ...]:
+    def streams(
+        self, batch: BatchSection, seed: int, branch: BranchPoint | None = None
+    ) -> tuple[Stream, ...]:
         """Training rows, in order. Raises a MegabackError for incompatible settings."""
         return tuple(
-            _stream(data_set, self.section, batch, seed, share)
+            _stream(data_set, self.section, batch, seed, share, branch)
             for data_set, share in zip(
                 self.data_sets, peak_shares(self.section.weights), strict=True
             )
         )
 
     def mixed(
-        self, batch: BatchSection, training: TrainingSection, streams: Sequence[Stream]
+        self,
+        batch: BatchSection,
+        training: TrainingSection,
+        streams: Sequence[Stream],
+        read_steps: int = 0,
     ) -> DataMixture:
-        """The mixture of a run's rows, and its length. Raises ConfigError."""
-        return plan_mixture(self.section, batch, training, _rows_per_epoch(streams))
+        """The mixture of a run's rows, and its length, as of `plan_mixture`. Raises ConfigError."""
+        rows = _rows_per_epoch(streams)
+        return plan_mixture(self.section, batch, training, rows, read_steps)
 
     def val_rows(self, context_tokens: int) -> tuple[RowReader, ...]:
         """Validation rows of those data sets that have a val set."""
@@ -228,14 +251,22 @@ def open_shards(section: DataSection) -> OpenShards:
     return OpenShards(section, data_sets, codec)
 
 
-def open_data(config: Config, rank: int, world_size: int) -> Data:
+def open_data(
+    config: Config, rank: int, world_size: int, branch: BranchPoint | None = None
+) -> Data:
     """Open shards, check them against the config, and fix the order. Loads no weights.
 
-    Raises the errors of data sets, and a MegabackError for incompatible settings.
+    `branch`: point at which the run leaves its trunk. Default: found by the config. Raises the
+    errors of data sets and of `find_branch_point`, and a MegabackError for incompatible settings.
     """
     section, batch = config.data, config.batch
+    branch = branch or find_branch_point(config)
     shards = open_shards(section)
-    streams = shards.streams(batch, config.training.seed)
+    streams = shards.streams(batch, config.training.seed, branch)
+    if branch is not None:
+        require_same_data(
+            branch, shards.fingerprint, streams[0].rows.text_format, section.description
+        )
     val = shards.val_rows(batch.context_tokens)
     for key in ("patience", "samples"):
         if getattr(config.validation, key) and not val:
@@ -250,7 +281,12 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
             "omit it"
         )
     micro_batch_rows, accumulation_steps = split_batch(batch, world_size)
-    mixed = shards.mixed(batch, config.training, streams)
+    read_steps = 0 if branch is None else whole_steps(branch, batch) - branch.step
+    if branch is not None:
+        require_steps_left(branch, config.training, config.training.steps)
+    mixed = shards.mixed(batch, config.training, streams, read_steps)
+    if branch is not None:
+        require_steps_left(branch, config.training, mixed.total_steps)
     return Data(
         fingerprint=shards.fingerprint,
         codec=shards.codec,
@@ -268,6 +304,8 @@ def open_data(config: Config, rank: int, world_size: int) -> Data:
         ),
         micro_batch_rows=micro_batch_rows,
         accumulation_steps=accumulation_steps,
+        branch=branch,
+        read_steps=read_steps,
         val=val,
         given=_given_texts(config, shards),
     )
@@ -300,13 +338,24 @@ def _codec_of(shards: OpenShards, direction: Direction) -> TextCodec:
 
 
 def _stream(
-    data_set: DataSet, section: DataSection, batch: BatchSection, seed: int, share: float
+    data_set: DataSet,
+    section: DataSection,
+    batch: BatchSection,
+    seed: int,
+    share: float,
+    branch: BranchPoint | None,
 ) -> Stream:
     batch_rows = batch.global_batch_rows
     frames = FrameStore(data_set, "train", skip_bad_frames=section.on_bad_frame == "skip")
     rows = _reader(frames, batch.context_tokens, section)
     table = RowGrid(frames.shard_tokens, data_set.manifest.frame_tokens, batch.context_tokens)
-    lanes = section.lanes or choose_lanes(table.num_frames, batch_rows)
+    order_rows = batch_rows if branch is None else branch.order_rows
+    lanes = section.lanes or choose_lanes(table.num_frames, order_rows)
+    if branch is not None and batch_rows != order_rows:
+        require_whole_lanes(branch, batch_rows, lanes, is_mixture=share < 1.0)
+    missing_rows = 0
+    if branch is not None:
+        missing_rows = (whole_steps(branch, batch) * batch_rows - branch.rows) // lanes
     if share < 1.0:
         # A step takes `share` of its rows from this data set, plus or minus one: the order uses
         # nearly that number of rows per step, a multiple of the lanes.
@@ -320,6 +369,7 @@ def _stream(
         lanes=lanes,
         seed=seed,
         window_frames=section.window_frames,
+        missing_rows=missing_rows,
     )
     return Stream(rows, table, order, section.share_read_forward)
 

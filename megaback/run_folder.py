@@ -87,6 +87,9 @@ CONVERSION_FILE = re.compile(
     + rf"|model(-[0-9]{{5}}-of-[0-9]{{5}})?{re.escape(TENSORS_SUFFIX)}"
 )
 
+BRANCHES_FOLDER = "branches"
+"""Runs that leave the run of this folder, as those of `optimizer.decay_at`."""
+
 _MAX_MARK_BYTES = 256
 
 

@@ -334,6 +334,8 @@ def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artifact
         "saved_by": f"{meta.world_size} ranks at ZeRO {meta.zero_stage}, {meta.precision}",
         "versions": meta.versions,
     }
+    if meta.branch is not None:
+        facts["branch_from"] = meta.branch.description
     return Artifact(
         kind="checkpoint",
         path=path,

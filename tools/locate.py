@@ -79,6 +79,9 @@ class RowUse:
     start: int
     stop: int
     is_reached: bool
+    is_of_trunk: bool
+    """Whether the trunk of a branch has read it; step and position are then of the branch's batch,
+    counted back."""
 
 
 def document_by_number(
@@ -221,7 +224,8 @@ def uses_of_document(
     step, position = batches_of_rows(
         data.streams, data.mixture, global_batch_rows, document.data_set, rows, epoch
     )
-    columns = (step, position, rows.start, rows.stop)
+    columns = (step - data.read_steps, position, rows.start, rows.stop)
+    first_step = 0 if data.branch is None else data.branch.step
     return [
         RowUse(
             step=of_row + 1,
@@ -230,6 +234,7 @@ def uses_of_document(
             start=start,
             stop=stop,
             is_reached=of_row < data.total_steps,
+            is_of_trunk=of_row < first_step,
         )
         for of_row, at, start, stop in sorted(
             zip(*(column.tolist() for column in columns), strict=True)
@@ -323,10 +328,10 @@ def _show(
     for use in uses:
         rank = "" if use.rank is None else f", rank {use.rank}"
         reached = "" if use.is_reached else f"; not reached, the run has {total_steps:,} steps"
-        click.echo(
-            f"  step {use.step:,}, row {use.position:,} of the batch{rank}: "
-            f"tokens {use.start:,} to {use.stop - 1:,}{reached}"
-        )
+        where = f"step {use.step:,}, row {use.position:,} of the batch{rank}"
+        if use.is_of_trunk:
+            where = "before the branch, by its trunk"
+        click.echo(f"  {where}: tokens {use.start:,} to {use.stop - 1:,}{reached}")
     if sum(use.stop - use.start for use in uses) < facts["tokens"]:
         rest = "the rest of it" if uses else "it"
         click.echo(f"  no step reads {rest}: its data set has weight 0, or was dropped, by then")

@@ -57,6 +57,9 @@ class Order:
     lanes: int
     seed: int
     window_frames: int = 8
+    missing_rows: int = 0
+    """Rows that every lane lacks at the beginning of step 0, fewer than a step takes of it: after a
+    change of the batch, the rows before are not a whole number of steps."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a number below 1, BatchError unless lanes divide the batch."""
@@ -86,7 +89,7 @@ class Order:
         """
         rows_per_lane = self.global_batch_rows // self.lanes
         lane = position // rows_per_lane
-        lane_row = (step - lane) * rows_per_lane + position
+        lane_row = (step - lane) * rows_per_lane + position - self.missing_rows
 
         # A lane's frames are the positions lane, lane + L, lane + 2L, ... of the infinite deal.
         slot = lane_row // self.rows_per_frame
@@ -111,7 +114,7 @@ class Order:
         window, window_slot, window_rows = self._window_of(epoch, lane, slot)
         shuffled = (slot - window_slot) * self.rows_per_frame + row
         row_in_window = unpermute(shuffled, window_rows, self._row_key(epoch, lane, window))
-        lane_row = window_slot * self.rows_per_frame + row_in_window
+        lane_row = window_slot * self.rows_per_frame + row_in_window + self.missing_rows
         rows_per_lane = self.global_batch_rows // self.lanes
         step = lane_row // rows_per_lane
         return step, (lane - step) * rows_per_lane + lane_row

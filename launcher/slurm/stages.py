@@ -28,6 +28,7 @@ from data_pipeline.text.codec import Direction, TextCodec, Unit
 from launcher.slurm.commands import Submission
 from launcher.slurm.job import LIMIT_VARIABLE
 from launcher.slurm.sbatch_files import sbatch_value
+from megaback.branches import find_branch_point
 from megaback.config import Config, split_batch
 from megaback.data import open_data
 from megaback.run_folder import LOGS_FOLDER, holds_weights
@@ -109,7 +110,9 @@ def choose_allocation(
 def check_run(config: Config, num_ranks: int, builds_data: bool) -> None:
     """Refuse a config that cannot train on `num_ranks`. Raises MegabackErrors."""
     split_batch(config.batch, num_ranks)
-    if not builds_data:
+    if builds_data:
+        find_branch_point(config)
+    else:
         open_data(config, 0, num_ranks)
     if config.init_from is not None and not holds_weights(config.init_from):
         raise CheckpointMissingError(

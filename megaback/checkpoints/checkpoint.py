@@ -31,6 +31,7 @@ from data_pipeline.errors import (
     RunMismatchError,
 )
 from data_pipeline.text.codec import TextFormat
+from megaback.branches import BranchPoint
 from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash
 from megaback.checkpoints.saved_runs import (
     RunIndex,
@@ -87,6 +88,8 @@ class CheckpointMeta:
     """ID of the start of the run that saved it."""
     order_version: int = 1
     """Version of the order of its rows (`data_pipeline.loading.order`)."""
+    branch: BranchPoint | None = None
+    """Checkpoint that the run continues, if it is a branch."""
 
     @property
     def is_finite(self) -> bool:
@@ -157,12 +160,16 @@ def verify_together(target: Path, world: World) -> tuple[CheckpointMeta | None, 
     return meta, [text for text in world.gather(problem, str | None) if text]
 
 
-def load_into_engine(engine: Any, target: Path, meta: CheckpointMeta, world: World) -> None:
+def load_into_engine(
+    engine: Any, target: Path, meta: CheckpointMeta, world: World, *, only_weights: bool = False
+) -> None:
     """Restore weights and optimizer state of a verified checkpoint of any world size and stage.
 
     Collective. Ends all ranks when it was saved with another optimizer or model.
     """
-    world.run_collectively(_restore, engine, target, meta, world)
+    saved = saved_state(target, meta, only_weights=only_weights)
+    updates = 0 if only_weights else meta.updates
+    world.run_collectively(_restore, engine, target, saved, updates, world)
     refresh_copies(engine)
     now = (world.size, engine.zero_optimization_stage())
     if world.is_first and now != (meta.world_size, meta.zero_stage):
@@ -172,9 +179,9 @@ def load_into_engine(engine: Any, target: Path, meta: CheckpointMeta, world: Wor
         )
 
 
-def _restore(engine: Any, target: Path, meta: CheckpointMeta, world: World) -> None:
+def _restore(engine: Any, target: Path, saved: SavedState, updates: int, world: World) -> None:
     try:
-        restore(engine, saved_state(target, meta), meta.updates, world.rank, world.size)
+        restore(engine, saved, updates, world.rank, world.size)
     except StateDiffersError as error:
         others = f" ({len(error.differing)} differ)" if len(error.differing) > 1 else ""
         raise RunMismatchError(
@@ -261,6 +268,8 @@ def _require_plausible(meta: CheckpointMeta) -> None:
         plain_name(name, FILE_NAME)
         require_within(f"the size of {name}", num_bytes, 0, INT64_MAX)
         require_sha256(f"the hash of {name}", sha256)
+    if meta.branch is not None:
+        meta.branch.require_plausible()
     if meta.runs is not None:
         require_plausible(meta.runs, meta.world_size, meta.files)
     _require_shallow(meta.config, _MAX_CONFIG_DEPTH)

@@ -66,6 +66,7 @@ def require_run_folder(config: Config, given: Path | None = None) -> None:
     if run.exists() and not run.is_dir():
         raise OutputExistsError(f"run {run} is a file; choose another run folder")
     inputs = [*(part.path for part in config.data.shards), config.init_from]
+    inputs.append(config.branch_from)
     require_apart(run, inputs, "run")
     for name in _WORK_FOLDERS:
         require_no_link(run / name, "run")

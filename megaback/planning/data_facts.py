@@ -9,12 +9,14 @@ from math import ceil
 
 import numpy as np
 
-from data_pipeline.errors import ConfigError, ShardsMissingError
+from data_pipeline.errors import CheckpointMissingError, ConfigError, ShardsMissingError
 from data_pipeline.loading.row_grid import RowGrid
 from data_pipeline.redaction import is_url
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.document_lengths import DocumentLengths
 from data_pipeline.shards.manifest import Manifest
+from megaback.branch_order import require_steps_left, whole_steps
+from megaback.branches import BranchPoint, find_branch_point
 from megaback.config import Config
 from megaback.planning.data_mixture import DataMixture, DataUse, plan_mixture
 from megaback.planning.flops import attended_tokens
@@ -81,6 +83,11 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
     steps = config.training.steps
     notes: list[str] = []
     mixed: DataMixture | None = None
+    branch = _branch_of(config, notes)
+    first = read_steps = 0
+    if branch is not None:
+        first, read_steps = branch.step, whole_steps(branch, batch) - branch.step
+        require_steps_left(branch, config.training, steps)
     try:
         data_sets = [DataSet.open(part.path) for part in parts]
     except ShardsMissingError:
@@ -89,11 +96,11 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
         manifests = [data_set.manifest for data_set in data_sets]
         training = config.training
         if total_tokens is not None:
-            length = {"steps": ceil(total_tokens / step_tokens), "epochs": None}
+            length = {"steps": first + ceil(total_tokens / step_tokens), "epochs": None}
             training = training.model_copy(update=length)
         rows = [_rows_per_epoch(manifest, batch.context_tokens) for manifest in manifests]
-        mixed = plan_mixture(config.data, batch, training, rows)
-        total_tokens = float(mixed.total_steps * step_tokens)
+        mixed = plan_mixture(config.data, batch, training, rows, read_steps)
+        total_tokens = float((mixed.total_steps - first) * step_tokens)
         attended = sum(
             use.share * attended_of(data_set, batch.context_tokens)
             for use, data_set in zip(mixed.uses, data_sets, strict=True)
@@ -119,7 +126,7 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
             f"{vocab_size or DEFAULT_VOCAB_SIZE:,} pieces"
         )
     if total_tokens is None and steps is not None:
-        total_tokens = float(steps * step_tokens)
+        total_tokens = float((steps - first) * step_tokens)
     if file_bytes is None and total_tokens is not None:
         file_bytes = total_tokens / (config.training.epochs or 1.0) * _SHARD_BYTES_PER_TOKEN
         notes.append(f"shards take {_SHARD_BYTES_PER_TOKEN} bytes per token")
@@ -145,6 +152,18 @@ def _rows_per_epoch(manifest: Manifest, context_tokens: int) -> int:
     if not num_tokens or manifest.frame_tokens % context_tokens:  # refused when the run starts
         return max(1, ceil(num_tokens / context_tokens))
     return RowGrid(shard_tokens, manifest.frame_tokens, context_tokens).rows_per_epoch
+
+
+def _branch_of(config: Config, notes: list[str]) -> BranchPoint | None:
+    """The point at which the run leaves its trunk, if it is a branch of a run that exists."""
+    try:
+        branch = find_branch_point(config)
+    except CheckpointMissingError:
+        notes.append(f"branch_from {config.branch_from} has no checkpoint yet; counting all steps")
+        return None
+    if branch is not None:
+        notes.append(f"branch from {branch.description}; steps, time and tokens are its own")
+    return branch
 
 
 def _mean_length(manifests: list[Manifest]) -> float:

@@ -69,8 +69,11 @@ def plan_mixture(
     batch: BatchSection,
     training: TrainingSection,
     rows_per_epoch: Sequence[int],
+    read_steps: int = 0,
 ) -> DataMixture:
     """The mixture of a run's data sets, which have these numbers of rows. Raises ConfigError.
+
+    `read_steps`: number of the step of the order that a branch reads at its step 0.
 
     Positions by fraction are of the steps of the config, also if `max_epochs` ends the run before.
     """
@@ -78,6 +81,8 @@ def plan_mixture(
     if steps is None:
         rows = rows_until_all_are_read(section, rows_per_epoch)
         steps = ceil((training.epochs or 0.0) * rows / batch_rows)
+    else:
+        steps += read_steps
     is_fraction, all_rows = section.weight_positions == "fraction", steps * batch_rows
 
     def row_of(position: float) -> int:
@@ -104,7 +109,7 @@ def plan_mixture(
         shares = found.mixture.shares
     return DataMixture(
         mixture=found.mixture,
-        total_steps=total_steps,
+        total_steps=total_steps - read_steps,
         uses=tuple(
             DataUse(
                 name=shown_url(section.shards[number].path),
@@ -112,7 +117,7 @@ def plan_mixture(
                 share=shares[number],
                 first_share=found.mixture.shares_at(0)[number],
                 last_share=found.mixture.shares_at(total_rows - 1)[number],
-                dropped_after_step=_last_step(found, number, total_rows, batch_rows),
+                dropped_after_step=_last_step(found, number, total_rows, batch_rows, read_steps),
             )
             for number, rows in enumerate(rows_per_epoch)
         ),
@@ -146,10 +151,12 @@ def _limit(part: WeightedShards, rows_per_epoch: int) -> Limit | None:
     return Limit(rows, ends_run=part.after_max_epochs == "stop")
 
 
-def _last_step(found: Limited, number: int, total_rows: int, batch_rows: int) -> int | None:
+def _last_step(
+    found: Limited, number: int, total_rows: int, batch_rows: int, read_steps: int
+) -> int | None:
     """Last step that reads a data set which is dropped within the run; else None."""
     row = found.dropped.get(number)
     if row is None or row >= total_rows:
         return None
     last_row = np.array(found.mixture.counts(row)[number] - 1)
-    return int(found.mixture.number_of(number, last_row)) // batch_rows + 1
+    return int(found.mixture.number_of(number, last_row)) // batch_rows + 1 - read_steps

@@ -22,10 +22,9 @@ import click
 from data_pipeline.common.command import WorkCommand, report, system_error
 from data_pipeline.common.number_ranges import COUNT, MANY_OR_ZERO
 from data_pipeline.errors import ConfigError
-from megaback.config_file import load_config
 from megaback.distributed.world import World, end_rank, only_first_reports, start_world
 from megaback.faults.stop_request import StopRequest
-from megaback.profiling.report import DEFAULT_STEPS, WARMUP_STEPS, overrides_of
+from megaback.profiling.report import DEFAULT_STEPS, WARMUP_STEPS, short_config
 from megaback.profiling.trainer import ProfiledSteps, ProfiledTrainer
 from megaback.train import train_as_rank
 from megaback.training.run import Run
@@ -42,7 +41,7 @@ def main(
 ) -> None:
     """Train WARMUP_STEPS and some profiled steps, as one rank."""
     with only_first_reports():
-        settings = load_config(config, overrides_of(overrides, out, steps))
+        settings = short_config(config, overrides, out, steps)
         world = start_world(settings.hardware.device, settings.hardware.collective_timeout_s)
         if profiled_rank >= world.size:
             raise ConfigError(

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megaback.config import ALL_KEPT, Config
+from megaback.config_file import load_config
+
 REPORT_NAME = "profile.json"
 TRACE_NAME = "trace.json.gz"
 MEMORY_NAME = "memory.pickle"
@@ -56,8 +59,16 @@ def report_path(out: Path) -> Path:
     return out / REPORT_NAME
 
 
-def overrides_of(overrides: tuple[str, ...], out: Path, steps: int) -> tuple[str, ...]:
-    """Overrides of a config for a short run within `out` that writes nothing elsewhere."""
+def short_config(config: Path, overrides: tuple[str, ...], out: Path, steps: int) -> Config:
+    """The config of a short run within `out` that writes nothing elsewhere, and is no branch.
+
+    Raises the errors of `load_config`.
+    """
+    settings = load_config(config, _short(overrides, out, steps))
+    return settings.model_copy(update={"branch_from": None, "keep": ALL_KEPT})
+
+
+def _short(overrides: tuple[str, ...], out: Path, steps: int) -> tuple[str, ...]:
     return (
         *overrides,
         f"run={out / RUN_FOLDER}",

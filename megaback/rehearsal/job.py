@@ -67,6 +67,7 @@ def rehearsal_config(
     return config.model_copy(
         update={
             "model": model,
+            "branch_from": None,
             "training": config.training.model_copy(
                 update={"steps": steps, "epochs": None, "compile": "off"}
             ),

@@ -10,7 +10,9 @@ from megaback.weights.identity import description_of, identity_of
 
 
 def lineage(config: Config, start_step: int) -> dict[str, Any]:
-    """`base`, `checkpoint` (None if there is none), `restarts` and `starts` of a run.
+    """`base`, `trunk`, `checkpoint` (None if there is none), `restarts`, `starts` of a run.
+
+    `trunk` is the checkpoint that a branch continues, with what is `kept` of it.
 
     The base and the checkpoint are given as in `WeightsIdentity`.
     """
@@ -19,6 +21,7 @@ def lineage(config: Config, start_step: int) -> dict[str, Any]:
     checkpoint = config.run / CHECKPOINTS_FOLDER / step_name(start_step) / META_NAME
     return {
         "base": None if base is None else asdict(identity_of(base)),
+        "trunk": next((line["branch"] for line in reversed(started) if "branch" in line), None),
         "checkpoint": asdict(identity_of(checkpoint)) if start_step else None,
         "restarts": max(len(started) - 1, 0),
         "starts": [{key: line.get(key) for key in ("step", "time")} for line in started],

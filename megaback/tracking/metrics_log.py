@@ -20,6 +20,7 @@ from data_pipeline.common.atomic import write_text
 from data_pipeline.common.console import console_losses
 from data_pipeline.common.durations import duration
 from data_pipeline.common.rich_console import SafeConsole, SafeProgress
+from megaback.branches import BranchPoint
 from megaback.config import Config
 from megaback.faults.exit_record import record_event
 from megaback.faults.start_fence import NO_FENCE, Fence
@@ -52,6 +53,7 @@ class MetricsLog:
         step_flops_share: float | None,
         num_devices: int,
         fence: Fence = NO_FENCE,
+        branch: BranchPoint | None = None,
     ) -> None:
         """`step_flops_share` is the MFU of a step that takes one second, None if unknown.
 
@@ -67,6 +69,7 @@ class MetricsLog:
         self._fence = fence
         self._file = path.open("a", encoding="utf-8")
         self._step_tokens = config.batch.global_batch_rows * config.batch.context_tokens
+        self._branch = branch
         self._num_devices = num_devices
         self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._step_flops_share = step_flops_share
@@ -105,7 +108,11 @@ class MetricsLog:
         else:
             line["by_direction"] = _json_numbers(record.by_direction)
         line |= line.pop("rank_times") or {}
-        line["tokens_seen"] = step * self._step_tokens
+        line["tokens_seen"] = (
+            step * self._step_tokens
+            if self._branch is None
+            else self._branch.tokens_at(step, self._step_tokens)
+        )
         line["tokens_per_s"] = self._step_tokens / record.step_s
         line["tokens_per_s_per_device"] = line["tokens_per_s"] / self._num_devices
         if self._step_flops_share is not None:

@@ -53,7 +53,7 @@ class StepAhead:
     def read(self, step: int) -> None:
         """Read this rank's rows of a step; an error is kept until the step is due."""
         asked = monotonic()
-        found, self._error = attempt(self._run.data.training.at, step)
+        found, self._error = attempt(self._run.data.batches_at, step)
         self._micro_batches = found or []
         self._wait_s += monotonic() - asked
 

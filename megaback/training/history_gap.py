@@ -10,11 +10,14 @@ from megaback.tracking.metrics import read_metrics
 from megaback.training.suites import Suites
 
 
-def history_gap(config: Config, start_step: int) -> str | None:
-    """Message about missing metrics that the config uses; None if there are none."""
+def history_gap(config: Config, start_step: int, guarded_since: int = 0) -> str | None:
+    """Message about missing metrics that the config uses; None if there are none.
+
+    `guarded_since`: number of steps before the first one that the guard compares with.
+    """
     lines = read_metrics(config.run) if (config.run / METRICS_NAME).exists() else []
     steps = {line["step"] for line in lines}
-    window = min(config.guard.window_steps, start_step)
+    window = min(config.guard.window_steps, start_step - guarded_since)
     num_missing = sum(step not in steps for step in range(start_step - window + 1, start_step + 1))
     measured = any("val_loss" in line and line["step"] <= start_step for line in lines)
     affected = []

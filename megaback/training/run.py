@@ -6,7 +6,7 @@ from typing import IO, Any
 from data_pipeline.loading.order import ORDER_VERSION
 from megaback.checkpoints.checkpoint import CheckpointMeta
 from megaback.checkpoints.state import num_updates
-from megaback.config import Config
+from megaback.config import ALL_KEPT, Config
 from megaback.data import Data
 from megaback.distributed.versions import library_versions
 from megaback.distributed.world import World
@@ -41,6 +41,14 @@ class Run:
     """Keys of the config that were changed on resume."""
     suites: Suites | None
     """Benchmarks that are measured during training."""
+    begins_branch: bool = False
+    """Whether this start is the first of a branch, which has no checkpoint of its own yet."""
+
+    @property
+    def guarded_since(self) -> int:
+        """Number of steps before the first one that the guard compares with."""
+        branch = self.data.branch
+        return 0 if branch is None or branch.kept == ALL_KEPT else branch.step
 
     def is_excluded(self, step: int) -> bool:
         """Whether a step, counted from 1, is excluded by a rollback."""
@@ -72,6 +80,7 @@ class Run:
             on_examples=self.data.data_sets[0].manifest.row_tokens is not None,
             start=self.watchdog.fence.start_id,
             order_version=ORDER_VERSION,
+            branch=self.data.branch,
         )
 
 
@@ -80,6 +89,9 @@ def batch_arithmetic(run: Run, world: World) -> str:
     config, data = run.config, run.data
     compiled = "" if run.compiler is None else " compiled"
     tokens_per_step = config.batch.global_batch_rows * config.batch.context_tokens
+    num_tokens = data.total_steps * tokens_per_step
+    if data.branch is not None:
+        num_tokens = data.branch.tokens_at(data.total_steps, tokens_per_step)
     uses = data.mixed.uses
     amount = f"{uses[0].epochs:.2f} epochs of {data.num_tokens:,} tokens"
     if len(uses) > 1:
@@ -92,6 +104,6 @@ def batch_arithmetic(run: Run, world: World) -> str:
         f"{world.device.type}\n"
         f"step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "
         f"{world.size} ranks x {data.accumulation_steps} accumulation = {tokens_per_step:,} tokens"
-        f"\n{data.total_steps:,} steps = {data.total_steps * tokens_per_step:,} tokens = "
+        f"\n{data.total_steps:,} steps = {num_tokens:,} tokens = "
         f"{amount}, in {data.num_lanes} lanes{lines}"
     )

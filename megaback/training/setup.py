@@ -21,6 +21,7 @@ from data_pipeline.errors import (
     MegabackError,
     OutputExistsError,
 )
+from megaback.branches import BranchPoint, began_as, find_branch_point
 from megaback.checkpoints.checkpoint import CheckpointMeta, load_into_engine, newest_checkpoint
 from megaback.checkpoints.fetching import fetch_newest
 from megaback.checkpoints.remote_copy import CopyTarget, newest_meta
@@ -61,6 +62,7 @@ from megaback.run_folder import (
     step_name,
 )
 from megaback.tracking.trackers import require_installed
+from megaback.training.branch import continue_records, open_trunk
 from megaback.training.run import Run
 from megaback.training.same_run import require_same_run
 from megaback.training.start import (
@@ -89,7 +91,9 @@ def prepare_run(
     world.run_collectively(_on_first_rank, world, require_run_folder, config, config_path)
     is_new = not world.of_first((config.run / LOCK_NAME).exists(), bool)
     lock = None if is_new else world.run_collectively(_lock_run_folder, config, world)
-    data = world.run_collectively(open_data, config, world.rank, world.size)
+    branch = world.run_collectively(_find_branch_point, config, world)
+    branch = world.of_first(branch, BranchPoint | None)
+    data = world.run_collectively(open_data, config, world.rank, world.size, branch)
     world.run_collectively(require_precision, config.training.precision, world.device)
     attention = world.run_collectively(_choose_attention, config, world)
     world.run_collectively(require_same_attention, world.gather(attention.name, str))
@@ -100,6 +104,9 @@ def prepare_run(
     found, fetched_meta = _find_start(config, world)
     meta = found[1] if found is not None else fetched_meta
     changes: Changes = {}
+    if fetched_meta is not None and fetched_meta.branch != data.branch:
+        branch = world.run_collectively(began_as, config, fetched_meta.branch)
+        data = world.run_collectively(open_data, config, world.rank, world.size, branch)
     if meta is not None:
         target = config.run / CHECKPOINTS_FOLDER / step_name(meta.step)
         world.run_collectively(require_same_run, config, data, target, meta)
@@ -120,8 +127,10 @@ def prepare_run(
     # Before the model is created, which is whole on every rank.
     rooms = world.gather(available_memory(world.device), AvailableMemory)
     world.run_collectively(require_memory, config, data.codec.vocab_size, rooms)
-    base = None
-    if meta is None and config.init_from is not None:
+    base = trunk = None
+    if meta is None and data.branch is not None:
+        trunk = open_trunk(data.branch, world)
+    elif meta is None and config.init_from is not None:
         base = world.run_collectively(
             open_base,
             config.init_from,
@@ -156,10 +165,18 @@ def prepare_run(
         found = _fetch_start(config, world, watchdog.fence)
     elif _newest_step(config, world) != seen_step:  # an older start has saved meanwhile
         found = newest_checkpoint(config.run, world)
+    if found is not None:
+        trunk = None
     start_step = found[1].step if found is not None else 0
+    if trunk is not None and data.branch is not None:
+        start_step = data.branch.step
     watchdog.open()
     accepted = (start_step, data.total_steps, changes, watchdog.fence)
-    world.run_collectively(_accept, config, world, config_path, *accepted)
+    begun = data.branch if trunk is not None else None
+    world.run_collectively(_accept, config, world, config_path, *accepted, begun)
+    if trunk is not None:
+        continued = (config, data.branch, trunk, watchdog.fence)
+        world.run_collectively(_on_first_rank, world, continue_records, *continued)
     world.run_collectively(watchdog.remember_folder)
     watchdog.set_phase("checking the nodes", start_step)
     preflight(config, data, world, watchdog.fence)
@@ -172,6 +189,9 @@ def prepare_run(
     engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps, compiler)
     if found is not None:
         load_into_engine(engine, *found, world)
+    elif trunk is not None and data.branch is not None:
+        only_weights = not data.branch.continues("optimizer")
+        load_into_engine(engine, *trunk, world, only_weights=only_weights)
     else:
         # Into the engine rather than the model, of which it only has copies in bf16.
         if base is not None:
@@ -201,6 +221,7 @@ def prepare_run(
         lock=lock,
         changes=changes,
         suites=suites,
+        begins_branch=trunk is not None,
     )
 
 
@@ -245,6 +266,10 @@ def _lock_run_folder(config: Config, world: World) -> IO[bytes] | None:
     return lock
 
 
+def _find_branch_point(config: Config, world: World) -> BranchPoint | None:
+    return find_branch_point(config) if world.is_first else None
+
+
 def _newest_step(config: Config, world: World) -> int:
     """The step of the newest complete checkpoint, as the first rank sees it. Collective."""
     return world.of_first(newest_checkpoint_step(config.run) if world.is_first else 0, int)
@@ -284,7 +309,8 @@ def _require_copy_target(config: Config, data: Data) -> None:
         return
     folder = local_path(copy_to)
     if folder is not None:
-        inputs = (config.run, config.init_from, *(part.path for part in config.data.shards))
+        bases = (config.init_from, config.branch_from)
+        inputs = (config.run, *bases, *(part.path for part in config.data.shards))
         require_apart(folder / config.run.resolve().name, inputs, "checkpoint.copy_to")
     try:
         place = CopyTarget(copy_to, config.run)
@@ -326,12 +352,15 @@ def _accept(
     total_steps: int,
     changes: Changes,
     fence: Fence,
+    begun: BranchPoint | None = None,
 ) -> None:
-    """Record the start of the run, and write its config."""
+    """Record the start of the run, perhaps as a new branch, and write its config."""
     if not world.is_first:
         return
     fence.check()
-    changed = {"changed": changes} if changes else {}
+    facts: dict[str, Any] = {"changed": changes} if changes else {}
+    if begun is not None:
+        facts["branch"] = begun.identity()
     record_start(
         config.run,
         start=fence.start_id,
@@ -339,7 +368,7 @@ def _accept(
         total_steps=total_steps,
         world_size=world.size,
         zero_stage=config.zero.stage,
-        **changed,
+        **facts,
     )
     place = place_of_config(config.run, config_path)
     if place is not None:

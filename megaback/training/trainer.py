@@ -91,9 +91,11 @@ class Trainer:
         """
         run, total_steps = self._run, self._run.data.total_steps
         measurements, validation = self._measurements, run.config.validation
-        if not run.start_step:
-            self._val_loss = self._validate(0)
-            measurements.measure_suites(0)
+        if not run.start_step or run.begins_branch:
+            self._val_loss = self._validate(run.start_step)
+            measurements.measure_suites(run.start_step)
+            if run.begins_branch:  # from here on, the branch does not need its trunk
+                self._save(run.start_step)
         elif _is_due(validation.suites_interval, run.start_step) and measurements.lacks_suites(
             run.start_step
         ):
@@ -336,7 +338,7 @@ def _earlier_steps(run: Run, world: World) -> list[dict[str, Any]]:
 
 def _measurements(run: Run, world: World) -> list[tuple[int, float | None]]:
     """Validations before the resume; also marks the best checkpoint."""
-    if not (world.is_first and run.start_step):
+    if not (world.is_first and run.start_step) or run.begins_branch:
         return []
     found = read_measurements(run.config.run, run.start_step) or [(run.start_step, run.val_loss)]
     if run.config.validation.patience is not None:
@@ -349,11 +351,15 @@ def _open_log(run: Run, world: World) -> MetricsLog | None:
         return None
     config = run.config
     flops_share, fence = run.step_flops_share(world), run.watchdog.fence
-    log = MetricsLog(config, run.start_step, run.data.total_steps, flops_share, world.size, fence)
+    branch = run.data.branch
+    facts = (flops_share, world.size, fence, branch)
+    log = MetricsLog(config, run.start_step, run.data.total_steps, *facts)
     log.message(batch_arithmetic(run, world))
-    if run.start_step:
+    if run.begins_branch and branch is not None:
+        log.message(f"branch from {branch.description}")
+    elif run.start_step:
         log.message(f"resuming from step {run.start_step:,}")
-        gap = history_gap(config, run.start_step)
+        gap = history_gap(config, run.start_step, run.guarded_since)
         other = None if run.suites is None else other_suites(config, run.suites, run.start_step)
         for message in (gap, other):
             if message is not None:

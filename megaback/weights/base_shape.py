@@ -1,4 +1,4 @@
-"""Model shape of a run's base (`init_from`), which a config need not repeat.
+"""Model shape of a run's base (`init_from` or `branch_from`), which a config need not repeat.
 
 Keys missing from a config's `model` are the base's; others must equal the base's. Loads no torch.
 """
@@ -30,13 +30,14 @@ _REQUIRED = {name for name, field in ModelSection.model_fields.items() if field.
 
 
 def with_base_shape(fields: dict[str, Any]) -> dict[str, Any]:
-    """A config's fields, with missing keys of `model` taken from `init_from`, if that is set.
+    """A config's fields, with missing keys of `model` taken from its base, if it has one.
 
     A complete config is returned unchanged, without reading the base. Raises RunMismatchError for
     keys that contradict the base, CheckpointMissingError if it is needed and missing, and
     CheckpointCorruptError.
     """
-    base, given = fields.get("init_from"), fields.get("model") or {}
+    key = "init_from" if fields.get("init_from") is not None else "branch_from"
+    base, given = fields.get(key), fields.get("model") or {}
     if not isinstance(base, str | Path) or not isinstance(given, dict):
         return fields
     given = {key: value for key, value in given.items() if value is not None}
@@ -47,17 +48,17 @@ def with_base_shape(fields: dict[str, Any]) -> dict[str, Any]:
         if given.keys() >= _REQUIRED:
             return fields  # training itself reports the missing base
         raise CheckpointMissingError(
-            f"init_from {base} is not a model, run or checkpoint, and the config has no model of "
-            "its own; correct init_from, or set model.num_layers, width and num_heads"
+            f"{key} {base} is not a model, run or checkpoint, and the config has no model of "
+            f"its own; correct {key}, or set model.num_layers, width and num_heads"
         )
     theirs = shape.architecture()
     differing = [key for key in theirs if key in given and not _is_same(given[key], theirs[key])]
     if differing:
-        key = differing[0]
+        first = differing[0]
         others = f" ({len(differing)} differ: {', '.join(differing)})" if differing[1:] else ""
         raise RunMismatchError(
-            f"init_from {base} has another shape than the config's model: {key} is {theirs[key]} "
-            f"there and {given[key]} here{others}; remove the key to use the base's value"
+            f"{key} {base} has another shape than the config's model: {first} is {theirs[first]} "
+            f"there and {given[first]} here{others}; remove the key to use the base's value"
         )
     return fields | {"model": theirs | given}
 

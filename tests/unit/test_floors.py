@@ -26,6 +26,8 @@ FLOORS = [
     ["megaback.config_data", "megaback.config_validation"],
     ["megaback.config_operation"],
     ["megaback.config"],
+    ["megaback.branches"],
+    ["megaback.branch_order"],
     ["megaback.shown_config", "megaback.config_reference"],
     ["megaback.model", "megaback.planning"],
     ["megaback.data", "megaback.optim"],

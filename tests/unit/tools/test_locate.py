@@ -116,7 +116,13 @@ def test_batches_hold_every_token_of_every_document_where_it_is_located(
     with data_set(shards) as written:
         stream = Stream(written.rows(CONTEXT_TOKENS), *written.table_and_order())
         order, opened = stream.order, stream.rows.frames.data_set
-        data = SimpleNamespace(streams=[stream], mixture=Mixture([1.0]), total_steps=10**6)
+        data = SimpleNamespace(
+            streams=[stream],
+            mixture=Mixture([1.0]),
+            total_steps=10**6,
+            read_steps=0,
+            branch=None,
+        )
         ranks = [written.training(written.store(), rank, world_size) for rank in range(world_size)]
         rank_rows = order.global_batch_rows // world_size
         seen: set[tuple[int, int, int]] = set()

@@ -11,7 +11,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import BatchError, ConfigError
-from data_pipeline.loading.order import Indices, Order, RowPlace, choose_lanes, permute, unpermute
+from data_pipeline.loading.order import Indices, Order, choose_lanes, permute, unpermute
+from tests.helpers.orders import every_pair, orders, pairs
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # an overflow
 
@@ -20,27 +21,10 @@ A_SMALL_ORDER = Order(
 )
 
 
-@st.composite
-def orders(draw: st.DrawFn) -> Order:
-    lanes = draw(st.integers(1, 12))
-    return Order(
-        num_frames=draw(st.integers(1, 24)),
-        rows_per_frame=draw(st.integers(1, 6)),
-        global_batch_rows=lanes * draw(st.integers(1, 6)),
-        lanes=lanes,
-        seed=draw(st.integers(0, 2**63)),
-        window_frames=draw(st.integers(1, 10)),
-    )
-
-
 # 15 trillion tokens in frames of 65,536 and rows of 1,024: a billion steps are over 1,000 epochs.
 A_LARGE_ORDER = Order(
     num_frames=228_881_836, rows_per_frame=64, global_batch_rows=16_384, lanes=1024, seed=2**32 - 1
 )
-
-
-def pairs(places: RowPlace) -> list[tuple[int, int]]:
-    return list(zip(places.frame.tolist(), places.row.tolist(), strict=True))
 
 
 def epoch_pairs(order: Order, epoch: int) -> list[tuple[int, int]]:
@@ -55,12 +39,6 @@ def epoch_pairs(order: Order, epoch: int) -> list[tuple[int, int]]:
         places = order.places(step)
         found += [pair for pair, at in zip(pairs(places), places.epoch, strict=True) if at == epoch]
     return found
-
-
-def every_pair(order: Order) -> list[tuple[int, int]]:
-    return [
-        (frame, row) for frame in range(order.num_frames) for row in range(order.rows_per_frame)
-    ]
 
 
 @given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
