@@ -111,7 +111,7 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
         f"{plan.step_tokens:,} tokens"
     )
     if plan.steps is not None:
-        ends = "" if facts.end_reason is None else f"; it ends early: {facts.end_reason}"
+        ends = "" if facts.end_reason is None else f"; ends early: {facts.end_reason}"
         echo(f"run      {plan.steps:,} steps = {plan.steps * plan.step_tokens:,} tokens{ends}")
     for use in facts.data:
         echo(f"data     {use.shown()}")

@@ -97,6 +97,8 @@ def plan_mixture(
         total_steps = found.end[0] // batch_rows
         part = section.shards[found.end[1]]
         end_reason = f"{shown_url(part.path)} has been read {part.max_epochs:g} times (max_epochs)"
+        if part.after_max_epochs == "drop" and len(section.shards) > 1:
+            end_reason += ", and no other data set has a weight then"
         if not total_steps:
             raise ConfigError(
                 f"{shown_url(part.path)} reaches max_epochs within the first step, of "

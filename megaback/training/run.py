@@ -97,6 +97,8 @@ def batch_arithmetic(run: Run, world: World) -> str:
     if len(uses) > 1:
         amount = f"{len(uses)} data sets"
     lines = "".join(f"\n  {use.shown()}" for use in uses) if len(uses) > 1 else ""
+    if data.mixed.end_reason is not None:
+        lines += f"\n  the run ends early: {data.mixed.end_reason}"
     return (
         f"{run.num_parameters:,} parameters, vocabulary {data.codec.vocab_size:,}, writing "
         f"{data.text_format.directions.value} by {data.text_format.unit.value}; attention "

@@ -147,10 +147,12 @@ class Trainer:
             started = monotonic()
         self._checkpoints.drain(self._saved_step)
         self._world.stop_if_any(self._log_error)
-        if not self._early_stopping.is_exhausted:
-            return run.data.mixed.end_reason or "trained to the end"
-        self.log(self._early_stopping.reason)
-        return self._early_stopping.reason
+        stopped = self._early_stopping.is_exhausted
+        reason = self._early_stopping.reason if stopped else run.data.mixed.end_reason
+        if reason is None:
+            return "trained to the end"
+        self.log(reason)
+        return reason
 
     def close(self) -> None:
         """Close files, stop threads, and unlock the run's folder."""

@@ -71,6 +71,15 @@ def test_a_data_set_can_end_the_run() -> None:
     assert planned({}, books, {"steps": 150}).end_reason is None
 
 
+def test_a_run_ends_when_no_data_set_is_left_even_for_a_time() -> None:
+    web = {"weight": {0: 1, 0.5: 0, 0.9: 1}}
+    found = planned(web, {"weight": {0: 0, 0.5: 1}, "max_epochs": 1}, {"steps": 200})
+    assert found.total_steps == 150
+    assert found.end_reason == (
+        "books has been read 1 times (max_epochs), and no other data set has a weight then"
+    )
+
+
 def test_a_single_data_set_ends_the_run_when_it_is_dropped() -> None:
     section = DataSection(shards=[{"path": "web", "max_epochs": 1.5}])
     found = plan_mixture(section, BATCH, TrainingSection(steps=400), [103])
