@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 
+from benchmarks.widths.activations import VOCAB_SIZE, changes
 from megaback.config import ModelSection, OptimizerSection
 from megaback.model.attention import Segments
 from megaback.model.gpt import ReverseGPT
 from megaback.model.mup import initial_std, parameter_rule
-from megaback.optim.build import build_optimizer
 
-VOCAB_SIZE = 128
 TOKENS = 64
 
 
@@ -28,30 +27,7 @@ def section(name: str = "adamw", **changes: object) -> OptimizerSection:
 def change_of_the_hidden_state(
     model_shape: ModelSection, optimizer_section: OptimizerSection
 ) -> float:
-    """RMS change of the final hidden states after four steps on one batch."""
-    torch.manual_seed(0)
-    model = ReverseGPT(model_shape, VOCAB_SIZE)
-    model.initialize(1)
-    model.train()
-    optimizer = build_optimizer(model.named_parameters(), model_shape, optimizer_section)
-    ids_T = torch.randint(VOCAB_SIZE, (TOKENS,), generator=torch.Generator().manual_seed(2))
-    positions_T = torch.arange(TOKENS)
-    segments = Segments.from_lengths((TOKENS,), torch.device("cpu"))
-
-    def last_block() -> torch.Tensor:
-        seen: list[torch.Tensor] = []
-        hook = model.model.layers[-1].register_forward_hook(lambda *call: seen.append(call[-1]))
-        with torch.no_grad():
-            model.hidden(ids_T, positions_T, segments)
-        hook.remove()
-        return seen[0]
-
-    before_TD = last_block()
-    for _ in range(4):
-        optimizer.zero_grad()
-        model(ids_T, ids_T.roll(-1), positions_T, segments).mean().backward()
-        optimizer.step()
-    return (last_block() - before_TD).square().mean().sqrt().item()
+    return changes(model_shape, optimizer_section, 4, 1)["residual"]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
