@@ -6,6 +6,7 @@ Loads no torch, so that the launcher can report errors before any rank starts.
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -109,6 +110,17 @@ class Data:
     def batches_at(self, step: int) -> list[Batch]:
         """The rank's micro-batches of a step, from 0. Raises the errors of `training.at`."""
         return self.training.at(step + self.read_steps)
+
+    def rows_by_data_set(self, step: int, batch_rows: int) -> dict[str, dict[str, int]] | None:
+        """Rows of each data set at a step, from 0, of a mixture that changes; else None."""
+        if self.mixture.is_constant:
+            return None
+        first = (step + self.read_steps) * batch_rows
+        before, after = (self.mixture.counts(row) for row in (first, first + batch_rows))
+        rows: Counter[str] = Counter()  # a data set may be in the mixture twice
+        for use, start, stop in zip(self.mixed.uses, before, after, strict=True):
+            rows[use.name] += stop - start
+        return {name: {"rows": count} for name, count in rows.items()}
 
     def attended_tokens(self) -> float:
         """Mean number of tokens that a token attends to, for FLOPs. Raises ShardCorruptError."""

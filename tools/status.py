@@ -6,6 +6,7 @@ It reads only the run's folder. `megaback watch` checks whether a run makes prog
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -52,6 +53,8 @@ class Status:
     """Mean loss of the last steps that were not skipped."""
     validation: Validation | None
     best_validation: Validation | None
+    data_shares: dict[str, float]
+    """Share of each data set in the rows of the last steps, of a mixture that changes."""
     suites: dict[str, Any] | None
     """Last measurement of the suites: `step`, and `suites` as in the metrics."""
     tokens_per_s: float | None
@@ -130,6 +133,7 @@ def _status(
         tokens_seen=steps[-1]["tokens_seen"] if steps else 0,
         loss=statistics.fmean(with_loss[-_RECENT_STEPS:]) if with_loss else None,
         validation=validations[-1] if validations else None,
+        data_shares=_data_shares(recent),
         suites=next(
             (
                 {"step": line["step"], "suites": line["suites"]}
@@ -169,6 +173,9 @@ def screen(status: Status, now: float) -> str:
         rows.append(("loss", f"{status.loss:.4f} nats/token over the last steps"))
     if status.validation is not None:
         rows.append(("val loss", _validations(status)))
+    if status.data_shares:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in status.data_shares.items())
+        rows.append(("data", f"{shares} of the last steps' rows"))
     if status.suites is not None:
         rows.append(("suites", _suites(status.suites)))
     if status.tokens_per_s is not None:
@@ -195,6 +202,13 @@ def screen(status: Status, now: float) -> str:
         lines.append(f"  … {hidden} earlier ones in {HISTORY_NAME}")
     lines += [f"  {_event(line)}" for line in status.history[-_MAX_EVENTS:]]
     return "\n".join(lines)
+
+
+def _data_shares(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    rows: Counter[str] = Counter()
+    for line in steps:
+        rows.update({name: part["rows"] for name, part in line.get("by_data_set", {}).items()})
+    return {name: count / rows.total() for name, count in rows.items()} if rows.total() else {}
 
 
 def _steps(status: Status) -> str:

@@ -65,6 +65,10 @@ class Mixture:
         self._before: Indices = np.array(before[:-1], dtype=np.int64)
 
     @property
+    def is_constant(self) -> bool:
+        return len(self._first_row) == 1
+
+    @property
     def shares(self) -> list[float]:
         """Share of the rows that each data set provides at first; they add up to 1."""
         return self.shares_at(0)

@@ -50,8 +50,8 @@ _FIELDS = Fields(
     | {"value", "low", "high", "chance"},
     texts=frozenset(("skipped", "suites_sha256")),
 )
-_TABLES = ("val_by_context", "val_by_direction", "by_direction")
-"""Fields whose values are tables of parts of the line's targets."""
+_TABLES = ("val_by_context", "val_by_direction", "by_direction", "by_data_set")
+"""Fields whose values are tables of parts of the line's targets or rows."""
 _MAX_LINES = 2_000_000
 """The shortest lines take 1 GB of memory at this number."""
 MIN_DATA_WAIT_SHARE = 0.01
@@ -140,6 +140,8 @@ class StepRecord:
     """Reason why the step was skipped, if it was."""
     by_direction: dict[str, dict[str, float | None]] | None = None
     """Loss and targets of each direction, of a model of both."""
+    by_data_set: dict[str, dict[str, int]] | None = None
+    """Rows of each data set, of a mixture that changes over training."""
     rank_times: RankTimes | None = None
     """Slowest rank, if `logging.rank_times` asks for it."""
 

@@ -101,11 +101,10 @@ class MetricsLog:
         line = {name: _json_number(value) for name, value in asdict(record).items()}
         if not record.skipped_rows:
             del line["skipped_rows"]
-        if record.skipped is None:
-            del line["skipped"]
-        if record.by_direction is None:
-            del line["by_direction"]
-        else:
+        for name in ("skipped", "by_direction", "by_data_set"):
+            if line[name] is None:
+                del line[name]
+        if record.by_direction is not None:
             line["by_direction"] = _json_numbers(record.by_direction)
         line |= line.pop("rank_times") or {}
         line["tokens_seen"] = (

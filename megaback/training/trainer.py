@@ -216,6 +216,7 @@ class Trainer:
             skipped_rows=agreed.skipped_rows,
             skipped=skipped,
             by_direction=self._by_direction(micro_batches, agreed),
+            by_data_set=run.data.rows_by_data_set(step, run.config.batch.global_batch_rows),
             rank_times=None if is_first or not forward else _rank_times(*forward),
         )
         self._record(lambda log: log.train(record))

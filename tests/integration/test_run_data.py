@@ -28,6 +28,10 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run) if "loss" in line]
 
 
+def rows(run: Path) -> list[dict[str, dict[str, int]]]:
+    return [line["by_data_set"] for line in read_metrics(run) if "loss" in line]
+
+
 @pytest.fixture(scope="module")
 def other_shards(
     tmp_path_factory: pytest.TempPathFactory,
@@ -91,11 +95,13 @@ def test_a_changing_mixture_gives_two_ranks_and_a_resumed_one_the_losses_of_one(
 
     run(train_one_rank, "one")
     expected = losses(tmp_path / "one")
+    assert [of_step[str(tiny_shards)]["rows"] for of_step in rows(tmp_path / "one")[4:8]] == [0] * 4
     run(train, "two", "hardware.processes=2")
     assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-4)
     shutil.rmtree(complete_checkpoints(tmp_path / "two")[-1])
     run(train_one_rank, "two")
     assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-4)
+    assert rows(tmp_path / "two") == rows(tmp_path / "one")
 
 
 @pytest.mark.slow

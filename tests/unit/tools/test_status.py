@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 
 from megaback.faults.exit_record import record_exit, record_start
 from megaback.run_folder import METRICS_NAME
+from megaback.tracking.metrics import read_metrics
 from tests.helpers.runs import ROW_TOKENS, add_directions, add_suites, finished_steps, suite_metric
 from tools.status import main as status_command
 
@@ -73,6 +74,20 @@ def test_a_model_of_both_directions_has_their_losses_apart(run_of: Steps) -> Non
     assert expected in status(run).output
     fields = json.loads(status(run, "--json").output)["validation"]
     assert fields["by_direction"] == {"backward": 8.1, "forward": 7.9}
+
+
+def test_a_changing_mixture_has_the_shares_of_the_last_steps(run_of: Steps) -> None:
+    run = run_of("a", 80)
+    lines = read_metrics(run)
+    for line in lines:
+        if "learning_rate" in line:
+            rows = {"web": 8, "books": 0} if line["step"] < 55 else {"web": 2, "books": 6}
+            line["by_data_set"] = {name: {"rows": count} for name, count in rows.items()}
+    (run / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    # Of the last 50 steps, 24 are before the change.
+    assert "data       web 61.0%, books 39.0% of the last steps' rows" in status(run).output
+    assert json.loads(status(run, "--json").output)["data_shares"] == {"web": 0.61, "books": 0.39}
 
 
 def test_data_wait_is_a_share_of_time_and_is_shown_if_large(run_of: Steps) -> None:

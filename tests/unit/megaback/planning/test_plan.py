@@ -216,7 +216,9 @@ def test_a_plan_has_the_steps_and_epochs_of_the_run(tiny_shards: Path) -> None:
     for length in (["training.steps=300"], ["training.steps=null", "training.epochs=1.5"]):
         config = config_of("demo", *overrides, *length)
         facts = run_facts(config, None, None)
-        assert facts.data == open_data(config, 0, 1).mixed.uses
+        data = open_data(config, 0, 1)
+        assert facts.data == data.mixed.uses
+    assert data.rows_by_data_set(10**6, 8) == {str(tiny_shards): {"rows": 8}}
 
 
 def test_a_vocabulary_size_that_contradicts_the_shards_is_refused(tiny_shards: Path) -> None:

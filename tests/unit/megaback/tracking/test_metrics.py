@@ -84,6 +84,14 @@ def test_a_training_line_has_the_documented_fields(run: Path) -> None:
     }
 
 
+def test_the_rows_of_each_data_set_are_recorded(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.train(replace(record(1), by_data_set={"web": {"rows": 3}, "books": {"rows": 1}}))
+    log.close()
+    (line,) = read_metrics(tmp_path)
+    assert line["by_data_set"] == {"web": {"rows": 3}, "books": {"rows": 1}}
+
+
 def test_a_validation_line_has_the_documented_fields(run: Path) -> None:
     assert read_metrics(run)[3] == {
         "step": 3,
