@@ -26,6 +26,8 @@ import click
 import numpy as np
 from smoke import Benchmark, is_installed
 
+from data_pipeline.loading.document_index import DocumentIndex, open_document_index
+from data_pipeline.loading.document_rows import DocumentRowReader
 from data_pipeline.loading.frame_store import FrameStore, Ids
 from data_pipeline.loading.loader import Stream, TrainingLoader
 from data_pipeline.loading.mixture import Mixture
@@ -92,11 +94,22 @@ def _serve(pipe: Connection, contender: Contender, seconds: float) -> None:
         pipe.send((total / elapsed, peak * 1024 / 1e6))
 
 
-def stream_of(data_set: DataSet, context_tokens: int, batch_rows: int) -> Stream:
+def stream_of(
+    data_set: DataSet, context_tokens: int, batch_rows: int, *, of_documents: bool = False
+) -> Stream:
     """Row stream of a run of one rank, as open_data makes it."""
     frames = FrameStore(data_set, "train")
-    rows = RowReader(frames, context_tokens, data_set.manifest.text_format.direction)
-    table = RowGrid(frames.shard_tokens, data_set.manifest.frame_tokens, context_tokens)
+    direction = data_set.manifest.text_format.direction
+    frame_tokens = data_set.manifest.frame_tokens
+    table: RowGrid | DocumentIndex
+    window_frames = 8
+    if of_documents:
+        table = open_document_index(data_set, "train", context_tokens)
+        rows: RowReader = DocumentRowReader(frames, table, direction)
+        window_frames = table.window_groups(window_frames, frame_tokens)
+    else:
+        table = RowGrid(frames.shard_tokens, frame_tokens, context_tokens)
+        rows = RowReader(frames, context_tokens, direction)
     lanes = choose_lanes(table.num_frames, batch_rows)
     order = Order(
         num_frames=table.num_frames,
@@ -104,8 +117,15 @@ def stream_of(data_set: DataSet, context_tokens: int, batch_rows: int) -> Stream
         global_batch_rows=batch_rows,
         lanes=lanes,
         seed=0,
+        window_frames=window_frames,
     )
     return Stream(rows, table, order)
+
+
+def round_tokens_of(stream: Stream, context_tokens: int) -> int:
+    """Tokens of a window of every lane."""
+    order = stream.order
+    return order.lanes * order.window_frames * order.rows_per_frame * context_tokens
 
 
 def ours(stream: Stream) -> Iterator[int]:
@@ -257,6 +277,7 @@ def main(
     data_set = DataSet.open(shards)
     total = data_set.manifest.total("train")
     stream = stream_of(data_set, context_tokens, global_batch_rows)
+    documents = stream_of(data_set, context_tokens, global_batch_rows, of_documents=True)
     order = stream.order
     window_frames = order.lanes * order.window_frames
     click.echo(
@@ -266,8 +287,6 @@ def main(
     )
     if order.num_frames < 4 * window_frames:
         click.echo("too few frames: many stay decoded between epochs")
-    window_tokens = window_frames * order.rows_per_frame * context_tokens
-
     with TemporaryDirectory() as name:
         folder = Path(name)
         ids = first_ids(data_set, peer_tokens)
@@ -276,7 +295,10 @@ def main(
         num_ids, id_dtype = len(ids), ids.dtype.str
         shape = (context_tokens, global_batch_rows)
         contenders = {
-            "ours": Contender(lambda: ours(stream), window_tokens),
+            "ours": Contender(lambda: ours(stream), round_tokens_of(stream, context_tokens)),
+            "ours, whole documents": Contender(
+                lambda: ours(documents), round_tokens_of(documents, context_tokens)
+            ),
             "bound: bare decompression": Contender(
                 lambda: bare_decompression(data_set), total["tokens"]
             ),

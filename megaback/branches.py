@@ -37,6 +37,7 @@ from megaback.run_folder import (
 _MAX_META_BYTES = 1 << 24
 _ORDER_KEYS = (
     "batch.context_tokens",
+    "data.rows",
     "data.lanes",
     "data.window_frames",
     "data.forward_share",

@@ -88,6 +88,11 @@ class DataSection(Section):
     forward_share: Annotated[float, ranges.PART] | None = None
     """Share of the training rows that are read forward, with direction `both`. The val set is read
     in each direction. Default: 0.5."""
+    rows: Literal["stream", "documents"] = "stream"
+    """Cutting of the train set into rows. stream: every token, in rows that may begin within a
+    document; documents: whole documents, packed into rows that begin, in reading order, where
+    documents do. What exceeds a row is not read. Part of the data order. The val set is always a
+    stream."""
     lanes: Annotated[int, ranges.SIZE] | None = None
     """Number of parallel streams of frames, a divisor of global_batch_rows. Default: the rows of a
     batch, or fewer where the data has too few frames. Part of the data order, which does not depend

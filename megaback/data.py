@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.loading.document_index import DocumentIndex, open_document_index
+from data_pipeline.loading.document_rows import DocumentRowReader
 from data_pipeline.loading.frame_store import FrameStore
 from data_pipeline.loading.loader import SequentialRows, Stream, TrainingLoader
 from data_pipeline.loading.mixture import Mixture
@@ -125,9 +127,23 @@ class Data:
     def attended_tokens(self) -> float:
         """Mean number of tokens that a token attends to, for FLOPs. Raises ShardCorruptError."""
         return sum(
-            use.share * attended_of(stream.rows.frames.data_set, stream.rows.context_tokens)
+            use.share
+            * attended_of(
+                stream.rows.frames.data_set,
+                stream.rows.context_tokens,
+                are_whole=isinstance(stream.table, DocumentIndex),
+            )
             for use, stream in zip(self.mixed.uses, self.streams, strict=True)
         )
+
+    def describe_documents(self) -> list[str]:
+        """Contents of rows of whole documents, a line for each data set; none for streams."""
+        return [
+            f"whole documents of {stream.rows.frames.data_set.name}: "
+            f"{stream.table.totals.describe()}"
+            for stream in self.streams
+            if isinstance(stream.table, DocumentIndex)
+        ]
 
     def validation(self, rank: int, world_size: int) -> Iterator[Batch]:
         """A rank's share of all val sets."""
@@ -360,7 +376,14 @@ def _stream(
     batch_rows = batch.global_batch_rows
     frames = FrameStore(data_set, "train", skip_bad_frames=section.on_bad_frame == "skip")
     rows = _reader(frames, batch.context_tokens, section)
-    table = RowGrid(frames.shard_tokens, data_set.manifest.frame_tokens, batch.context_tokens)
+    table: RowGrid | DocumentIndex
+    window_frames = section.window_frames
+    if section.rows == "documents":
+        table = open_document_index(data_set, "train", batch.context_tokens)
+        rows = DocumentRowReader(frames, table, section.direction.first, both=section.is_both)
+        window_frames = table.window_groups(window_frames, data_set.manifest.frame_tokens)
+    else:
+        table = RowGrid(frames.shard_tokens, data_set.manifest.frame_tokens, batch.context_tokens)
     order_rows = batch_rows if branch is None else branch.order_rows
     lanes = section.lanes or choose_lanes(table.num_frames, order_rows)
     if branch is not None and batch_rows != order_rows:
@@ -380,7 +403,7 @@ def _stream(
         global_batch_rows=batch_rows,
         lanes=lanes,
         seed=seed,
-        window_frames=section.window_frames,
+        window_frames=window_frames,
         missing_rows=missing_rows,
     )
     return Stream(rows, table, order, section.share_read_forward)

@@ -71,6 +71,7 @@ def open_dataset(
     cu_seqlens: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
+    rows: Literal["stream", "documents"] = "stream",
     lanes: int | None = None,
     window_frames: int = 8,
     on_bad_frame: Literal["stop", "skip"] = "stop",
@@ -100,7 +101,8 @@ def open_dataset(
             from the variables RANK and WORLD_SIZE, else 0 and 1. Use 0 and 1 when the trainer
             distributes rows over ranks itself, as transformers' Trainer and Accelerate's `prepare`
             do.
-        lanes, window_frames, on_bad_frame, cache, cache_gb: as in the `data` section of a config.
+        rows, lanes, window_frames, on_bad_frame, cache, cache_gb: as in the `data` section of a
+            config.
 
     Raises:
         ConfigError: for an invalid value, BatchError if a step is not divisible by the ranks;
@@ -115,6 +117,7 @@ def open_dataset(
         section = DataSection(
             shards=weighted(shards),
             direction=direction,  # type: ignore[arg-type] # pydantic converts the string
+            rows=rows,
             lanes=lanes,
             window_frames=window_frames,
             on_bad_frame=on_bad_frame,
@@ -272,7 +275,10 @@ class RowDataset(IterableDataset[Rows]):
         rows = self._rows()
         try:
             epoch, step, row = (int(state[key]) for key in ("epoch", "step", "row"))
-            order, world_size = {"version": 1, **state["order"]}, int(state["world_size"])
+            order, world_size = (
+                {"version": 1, "rows": "stream", **state["order"]},
+                int(state["world_size"]),
+            )
             worker = state.get("worker")
             worker = None if worker is None else (int(worker[0]), int(worker[1]))
             if any(ranges.COUNT_OR_ZERO.problem(one) for one in (epoch, step, row)):
@@ -426,6 +432,7 @@ class RowDataset(IterableDataset[Rows]):
             "seed": self._training.seed,
             "direction": self._section.direction.value,
             "split": self._split,
+            "rows": self._section.rows,
             "lanes": self._section.lanes,
             "window_frames": self._section.window_frames,
         }

@@ -48,6 +48,12 @@ def no_secret_is_known() -> Iterator[None]:
             del os.environ[name]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache folder in place of the user's, for commands too."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 NUM_PIECES = 600
 NUM_DOCUMENTS = 400
 FRAME_TOKENS = 1024

@@ -25,6 +25,8 @@ from data_pipeline.errors import (
     SourceMissingError,
     SourceUnreadableError,
 )
+from data_pipeline.loading.directions import are_forward
+from data_pipeline.loading.document_index import DocumentIndex
 from data_pipeline.loading.loader import Stream
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.order import Indices, require_order_version
@@ -185,6 +187,26 @@ def rows_of_document(
     )
 
 
+def row_of_whole_document(
+    stream: Stream, index: DocumentIndex, document: StoredDocument, epoch: int
+) -> DocumentRows:
+    """The row that holds a document, of which it reads one end if it is longer than a row.
+
+    Its last token may only be a target.
+    """
+    before = int(stream.rows.frames.shard_tokens[: document.shard].sum())
+    frame, row = (np.array([place]) for place in index.find(before + document.start))
+    is_flipped = stream.rows.is_flipped
+    if stream.forward_share is not None:
+        step, position = stream.order.find(np.full_like(frame, epoch), frame, row)
+        is_forward_N = are_forward(step, position, stream.forward_share)
+        is_flipped = bool(stream.rows.are_flipped(is_forward_N)[0])
+    tokens = document.stop - document.start
+    read = min(tokens, stream.rows.context_tokens + 1)
+    start = np.array([tokens - read if is_flipped else 0])
+    return DocumentRows(frame=frame, row=row, start=start, stop=start + read)
+
+
 def batches_of_rows(
     streams: Sequence[Stream],
     mixture: Mixture,
@@ -214,13 +236,13 @@ def uses_of_document(
     world_size: int | None,
 ) -> list[RowUse]:
     """Every row of an epoch with a part of a document of the train set, by step."""
-    rows_of = data.streams[document.data_set].rows
-    rows = rows_of_document(
-        document,
-        rows_of.frames.shard_tokens,
-        rows_of.frames.manifest.frame_tokens,
-        rows_of.context_tokens,
-    )
+    stream = data.streams[document.data_set]
+    if isinstance(stream.table, DocumentIndex):
+        rows = row_of_whole_document(stream, stream.table, document, epoch)
+    else:
+        frames, context_tokens = stream.rows.frames, stream.rows.context_tokens
+        frame_tokens = frames.manifest.frame_tokens
+        rows = rows_of_document(document, frames.shard_tokens, frame_tokens, context_tokens)
     step, position = batches_of_rows(
         data.streams, data.mixture, global_batch_rows, document.data_set, rows, epoch
     )

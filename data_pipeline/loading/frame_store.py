@@ -70,6 +70,8 @@ class FrameStore:
         self._free: list[int] = []
         self._coming: dict[int, _PendingFrame] = {}
         self._ready: dict[int, int] = {}
+        # Of each frame, 1 + its slot; 0 if it is not ready. Pages of zeros take no memory.
+        self._slot_after = np.zeros(self.num_frames, dtype=np.int64)
         self._failed: dict[int, BaseException] = {}
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
 
@@ -97,6 +99,45 @@ class FrameStore:
                     self._bring(number)
             left = self._copy_ready(frame, row, left, tokens_NC, next_N, marks_NC)
         return tokens_NC, next_N, marks_NC
+
+    def spans(self, frame: Indices, start: Indices, stop: Indices) -> Ids:
+        """Ids `start` to `stop` of each frame, one after the other.
+
+        Raises the errors of `rows`.
+        """
+        left = np.arange(len(frame))
+        parts: list[memoryview | bytes] = [b""] * len(frame)
+        while True:
+            wanted = frame[left]
+            for number in dict.fromkeys(wanted[self._slot_after[wanted] == 0].tolist()):
+                self._bring(number)
+            # Held while ids are copied, so that no frame is replaced meanwhile.
+            with self._changed:
+                slot = self._slot_after[wanted] - 1
+                views = self._views(slot, start[left], stop[left])
+                is_there = slot >= 0
+                if len(left) == len(frame) and is_there.all():  # the usual case
+                    ids = bytearray().join(views)
+                    break
+                for number, view, there in zip(left.tolist(), views, is_there, strict=True):
+                    if there:
+                        parts[number] = bytes(view)
+            left = left[~is_there]
+            if not left.size:
+                ids = bytearray().join(parts)
+                break
+        return np.frombuffer(ids, dtype=self._slots.dtype)
+
+    def _views(self, slot: Indices, start: Indices, stop: Indices) -> list[memoryview]:
+        """Bytes of ids `start` to `stop` of slots."""
+        buffer, id_bytes = self._slots.reshape(-1).view(np.uint8).data, self._slots.itemsize
+        before = slot * self._slots.shape[1]
+        places = zip(
+            ((before + start) * id_bytes).tolist(),
+            ((before + stop) * id_bytes).tolist(),
+            strict=True,
+        )
+        return [buffer[first:last] for first, last in places]
 
     def frame(self, frame: int) -> Ids:
         """Ids of one frame. Raises ShardCorruptError or SourceUnreadableError, unless skipped."""
@@ -155,10 +196,7 @@ class FrameStore:
         row_tokens = tokens_NC.shape[1]
         # Held while rows are copied, so that no frame is replaced meanwhile.
         with self._changed:
-            ready = self._ready
-            slot = np.array(
-                [ready.get(number, -1) for number in frame[wanted].tolist()], dtype=np.int64
-            )
+            slot = self._slot_after[frame[wanted]] - 1
             is_there = slot >= 0
             if not is_there.all():
                 wanted, left, slot = wanted[is_there], wanted[~is_there], slot[is_there]
@@ -235,6 +273,7 @@ class FrameStore:
         with self._changed:
             del self._coming[frame]
             self._ready[frame] = slot
+            self._slot_after[frame] = slot + 1
             self._changed.notify_all()
 
     def _find_slot(self) -> int | None:
@@ -246,7 +285,9 @@ class FrameStore:
             cancelled = [key for key, one in self._coming.items() if one.done.cancelled()]
             return self._coming.pop(cancelled[0]).slot if cancelled else None
         # By age, not by use: rows are shuffled among frames that were read at about the same time.
-        return self._ready.pop(next(iter(self._ready)))
+        oldest = next(iter(self._ready))
+        self._slot_after[oldest] = 0
+        return self._ready.pop(oldest)
 
     def _make_slots(self) -> None:
         """Allocate slots for the frames to keep, once no frame is pending."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from data_pipeline.errors import BatchError
 from data_pipeline.loading.directions import Flags, are_forward
+from data_pipeline.loading.document_index import DocumentIndex
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.order import Order
 from data_pipeline.loading.row_grid import RowGrid
@@ -33,7 +34,7 @@ class Stream:
     """One data set of a mixture: its rows and their order."""
 
     rows: RowReader
-    table: RowGrid
+    table: RowGrid | DocumentIndex
     order: Order
     """Order within the data set; its batch is about the data set's mean number of rows per step."""
     forward_share: float | None = None
@@ -92,7 +93,7 @@ class TrainingLoader:
             order = stream.order
             # A window of frames per lane; some lanes already read their next window.
             rank_lanes = -(-order.lanes // world_size) + 1
-            stream.rows.frames.keep((rank_lanes + 1) * (order.window_frames + 2))
+            stream.rows.keep(rank_lanes + 1, order.window_frames)
             # At most a frame per lane: more would be replaced before their rows are packed.
             ahead_steps = order.lanes * order.rows_per_frame // order.global_batch_rows
             self._ahead_steps = max(1, min(self._ahead_steps, ahead_steps))
@@ -181,8 +182,10 @@ class TrainingLoader:
     def _request(self, plan: _Plan, executor: ThreadPoolExecutor) -> None:
         """Decode the frames of a step ahead."""
         for index, stream in enumerate(self._streams):
-            frames = dict.fromkeys(plan.frame[plan.stream == index].tolist())
-            stream.rows.frames.request(frames, executor)
+            mine = plan.stream == index
+            is_forward = None if plan.is_forward is None else plan.is_forward[mine]
+            frames = stream.rows.frames_of(plan.frame[mine], plan.row[mine], is_forward)
+            stream.rows.frames.request(dict.fromkeys(frames.tolist()), executor)
 
     def _assemble(self, plan: _Plan, micro_batch_rows: int) -> list[Batch]:
         readers = [stream.rows for stream in self._streams]

@@ -105,6 +105,19 @@ class RowReader:
         self.end_id = manifest.end_id
         self.is_flipped = direction is not manifest.text_format.direction
 
+    def keep(self, windows: int, window_frames: int) -> None:
+        """Keep the frames of some windows of an order decoded."""
+        self.frames.keep(windows * (window_frames + 2))
+
+    def frames_of(
+        self,
+        frame: Indices,
+        row: Indices,  # noqa: ARG002
+        is_forward_N: Flags | None = None,  # noqa: ARG002
+    ) -> Indices:
+        """Stored frames that rows need."""
+        return frame
+
     def window(self, frame: int, row: int) -> Indices:
         """The ids of a row and the one after it, in reading order: at most context_tokens + 1."""
         rows = read_rows([self], *(np.array([number]) for number in (0, frame, row)))
@@ -136,15 +149,25 @@ class RowReader:
         rows = Rows(ids_NC, next_N, lengths_N, marks_NC)
         if not self.text_format.both:
             return _flipped(rows, self.begin_id, self.end_id) if self.is_flipped else rows
-        if is_forward_N is None:
-            is_forward_N = np.full(len(frame), self.text_format.direction is Direction.FORWARD)
-        is_stored_forward = frames.manifest.text_format.direction is Direction.FORWARD
-        other = is_forward_N != is_stored_forward
+        is_forward_N = self.are_forward(len(frame), is_forward_N)
+        other = self.are_flipped(is_forward_N)
         flipped = _flipped(
             Rows(ids_NC[other], next_N[other], lengths_N[other]), self.begin_id, self.end_id
         )
         ids_NC[other], next_N[other] = flipped.ids_NC, flipped.next_N
         return replace(rows, is_forward_N=is_forward_N)
+
+    def are_forward(self, num_rows: int, is_forward_N: Flags | None) -> Flags:
+        """Flags of the rows that a model of both directions reads forward: default, all or none."""
+        if is_forward_N is not None:
+            return is_forward_N
+        return np.full(num_rows, self.text_format.direction is Direction.FORWARD)
+
+    def are_flipped(self, is_forward_N: Flags) -> Flags:
+        """Flags of the rows that a model of both directions reads against the stored direction."""
+        stored = self.frames.manifest.text_format.direction
+        are_flipped: Flags = is_forward_N != (stored is Direction.FORWARD)
+        return are_flipped
 
 
 @dataclass(frozen=True)
@@ -222,8 +245,9 @@ def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[
     targets_NC = targets_T.reshape(rows.ids_NC.shape)
     targets_NC[:, -1] = rows.next_N
     num_targets_N = np.maximum(rows.lengths_N - 1, 0)
-    for number in np.flatnonzero(rows.lengths_N <= context_tokens).tolist():
-        targets_NC[number, num_targets_N[number] :] = IGNORED_TARGET
+    short = np.flatnonzero(rows.lengths_N <= context_tokens)
+    row, column = ends_of_rows(num_targets_N[short], context_tokens)
+    targets_NC[short[row], column] = IGNORED_TARGET
 
     if rows.marks_NC is None:
         inner = _ignore_between(rows, targets_T, num_targets_N, begin_id, end_id)
@@ -284,6 +308,13 @@ def _ignore_between(
     targets_T[between] = IGNORED_TARGET
     num_targets_N -= np.bincount(between // context_tokens, minlength=num_rows)
     return inner  # type: ignore[no-any-return]
+
+
+def ends_of_rows(first_N: Indices, width: int) -> tuple[Indices, Indices]:
+    """Row and column of every place from column `first_N` of each row on."""
+    number_N = width - first_N
+    row = np.repeat(np.arange(len(first_N)), number_N)
+    return row, np.arange(len(row)) - (np.cumsum(number_N) - number_N - first_N)[row]
 
 
 @lru_cache(maxsize=8)

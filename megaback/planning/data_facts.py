@@ -10,6 +10,7 @@ from math import ceil
 import numpy as np
 
 from data_pipeline.errors import CheckpointMissingError, ConfigError, ShardsMissingError
+from data_pipeline.loading.document_index import open_document_index
 from data_pipeline.loading.row_grid import RowGrid
 from data_pipeline.redaction import is_url
 from data_pipeline.shards.data_set import DataSet
@@ -46,12 +47,17 @@ class RunFacts:
     """Reason why the run ends before the steps of its config; else None."""
 
 
-def attended_of(data_set: DataSet, context_tokens: int) -> float:
-    """Mean number of tokens that a token of a data set attends to. Raises ShardCorruptError."""
+def attended_of(data_set: DataSet, context_tokens: int, *, are_whole: bool = False) -> float:
+    """Mean number of tokens that a token of a data set attends to. Raises ShardCorruptError.
+
+    `are_whole`: rows are of whole documents, cut to `context_tokens`.
+    """
     manifest = data_set.manifest
     lengths = _lengths(data_set)
+    if are_whole:
+        lengths = [(min(length, context_tokens), count) for length, count in lengths]
     tokens = sum(length * count for length, count in lengths)
-    if manifest.row_tokens is not None:  # examples are never cut
+    if manifest.row_tokens is not None or are_whole:  # not cut any further
         return sum(length * count * (length + 1) / 2 for length, count in lengths) / tokens
     attended = (
         length * count * attended_tokens(length, context_tokens) for length, count in lengths
@@ -88,6 +94,7 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
     if branch is not None:
         first, read_steps = branch.step, whole_steps(branch, batch) - branch.step
         require_steps_left(branch, config.training, steps)
+    are_whole = config.data.rows == "documents"
     try:
         data_sets = [DataSet.open(part.path) for part in parts]
     except ShardsMissingError:
@@ -99,10 +106,20 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
             length = {"steps": first + ceil(total_tokens / step_tokens), "epochs": None}
             training = training.model_copy(update=length)
         rows = [_rows_per_epoch(manifest, batch.context_tokens) for manifest in manifests]
+        if are_whole:
+            indexes = [
+                open_document_index(data_set, "train", batch.context_tokens)
+                for data_set in data_sets
+            ]
+            rows = [index.rows_per_epoch for index in indexes]
+            notes += [
+                f"whole documents of {data_set.name}: {index.totals.describe()}"
+                for data_set, index in zip(data_sets, indexes, strict=True)
+            ]
         mixed = plan_mixture(config.data, batch, training, rows, read_steps)
         total_tokens = float((mixed.total_steps - first) * step_tokens)
         attended = sum(
-            use.share * attended_of(data_set, batch.context_tokens)
+            use.share * attended_of(data_set, batch.context_tokens, are_whole=are_whole)
             for use, data_set in zip(mixed.uses, data_sets, strict=True)
         )
         found = manifests[0].vocab_size

@@ -108,4 +108,5 @@ def batch_arithmetic(run: Run, world: World) -> str:
         f"{world.size} ranks x {data.accumulation_steps} accumulation = {tokens_per_step:,} tokens"
         f"\n{data.total_steps:,} steps = {num_tokens:,} tokens = "
         f"{amount}, in {data.num_lanes} lanes{lines}"
+        + "".join(f"\n{line}" for line in data.describe_documents())
     )

@@ -17,6 +17,7 @@ _FIXED_KEYS = (
     "model",
     "batch.context_tokens",
     "batch.global_batch_rows",
+    "data.rows",
     "data.lanes",
     "data.window_frames",
     "data.forward_share",
@@ -61,10 +62,16 @@ def _require_none(config: Config, differing: Differences, reason: str = "") -> N
 
 
 def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
-    """A config with defaults explicit, since `null` may equal the other's value."""
+    """A config with defaults explicit: `null`, or a key of a later version, may equal the other's
+    value."""
     model = ModelSection.model_validate(fields["model"]).resolved()
     share = fields["data"].get("forward_share") or DEFAULT_FORWARD_SHARE
     return fields | {
         "model": model.model_dump(mode="json"),
-        "data": {"weight_positions": "fraction", **fields["data"], "forward_share": share},
+        "data": {
+            "rows": "stream",
+            "weight_positions": "fraction",
+            **fields["data"],
+            "forward_share": share,
+        },
     }

@@ -10,6 +10,8 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from data_pipeline.loading.document_index import DocumentIndex, open_document_index
+from data_pipeline.loading.document_rows import DocumentRowReader
 from data_pipeline.loading.frame_store import FrameStore
 from data_pipeline.loading.loader import Stream, TrainingLoader
 from data_pipeline.loading.mixture import Change, Mixture
@@ -45,14 +47,22 @@ class Reading:
     direction: Direction = Direction.BACKWARD
     forward_share: float | None = None
     """Share of the rows that a model of both directions reads forward."""
+    are_whole: bool = False
+    """Whether rows are of whole documents."""
 
     @property
     def mixture(self) -> Mixture:
         return Mixture(self.weights, self.changes)
 
     def stream(self, number: int, store: FrameStore) -> Stream:
-        manifest = store.manifest
-        table = RowGrid(store.shard_tokens, manifest.frame_tokens, self.context_tokens)
+        manifest, both = store.manifest, self.forward_share is not None
+        table: RowGrid | DocumentIndex
+        if self.are_whole:
+            table = open_document_index(store.data_set, "train", self.context_tokens)
+            rows: RowReader = DocumentRowReader(store, table, self.direction, both=both)
+        else:
+            table = RowGrid(store.shard_tokens, manifest.frame_tokens, self.context_tokens)
+            rows = RowReader(store, self.context_tokens, self.direction, both=both)
         order = Order(
             num_frames=table.num_frames,
             rows_per_frame=table.rows_per_frame,
@@ -61,8 +71,6 @@ class Reading:
             seed=self.seed,
             window_frames=self.window_frames,
         )
-        both = self.forward_share is not None
-        rows = RowReader(store, self.context_tokens, self.direction, both=both)
         return Stream(rows, table, order, self.forward_share)
 
 
@@ -161,6 +169,7 @@ def readings(draw: st.DrawFn, num_data_sets: int) -> Reading:
         seed=draw(st.integers(0, 2**63)),
         direction=draw(st.sampled_from(list(Direction))),
         forward_share=draw(st.sampled_from([None, 0.5, 0.3])),
+        are_whole=draw(st.booleans()),
     )
 
 

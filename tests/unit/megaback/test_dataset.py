@@ -138,6 +138,14 @@ def test_all_directions_have_the_rows_of_our_own_loader(tiny_shards: Path, direc
     assert_same(together(iter(loaded(dataset, 0))), expected)
 
 
+@pytest.mark.parametrize("direction", ["backward", "both"])
+def test_whole_documents_are_the_rows_of_our_own_loader(tiny_shards: Path, direction: Any) -> None:
+    dataset = opened(tiny_shards, rows="documents", direction=direction)
+    steps = range(dataset.steps_per_epoch)
+    expected = own_batches(tiny_shards, steps, rows="documents", direction=direction)
+    assert_same(together(iter(loaded(dataset, 2))), expected)
+
+
 def test_instruction_examples_have_labels_where_ours_have_targets(instruct_shards: Path) -> None:
     dataset = opened(instruct_shards)
     found = together(iter(loaded(dataset, 2)))
@@ -368,6 +376,8 @@ def test_examples_cannot_be_read_forward_or_mixed_with_documents(
         opened(instruct_shards, direction="forward")
     with pytest.raises(DirectionMismatchError, match=r"use data\.direction=backward, also to"):
         opened(instruct_shards, direction="both")
+    with pytest.raises(ConfigError, match=r"holds instruction examples.*remove data\.rows"):
+        opened(instruct_shards, rows="documents")
     with pytest.raises(ConfigError, match="documents and instruction examples cannot be mixed"):
         opened({str(instruct_shards): 1.0, str(tiny_shards): 1.0})
 
@@ -385,7 +395,12 @@ def test_an_invalid_or_incompatible_state_is_refused(tiny_shards: Path) -> None:
     for no_state in ({"_num_yielded": 3}, negative, infinite, {**of_step, "step": 1 << 70}):
         with pytest.raises(ConfigError, match="`state` is not a state"):
             dataset.load_state_dict(no_state)
-    for changed in ({"seed": 4}, {"global_batch_rows": 4}, {"direction": "forward"}):
+    for changed in (
+        {"seed": 4},
+        {"global_batch_rows": 4},
+        {"direction": "forward"},
+        {"rows": "documents"},
+    ):
         with pytest.raises(RunMismatchError, match=f"with {next(iter(changed))} "):
             dataset.load_state_dict(opened(tiny_shards, **changed).state_dict())
     other = {**of_step, "order": {**of_step["order"], "version": 2}}

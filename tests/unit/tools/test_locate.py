@@ -20,6 +20,7 @@ from data_pipeline.shards import inspection
 from data_pipeline.shards.data_set import DataSet as OpenDataSet
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reader import ShardReader
+from data_pipeline.text.codec import Direction
 from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.data import Data, open_data
@@ -33,9 +34,12 @@ from tests.helpers.batches import (
     Ids,
     data_set,
     document_shards,
+    mirrored,
     write_data_set,
 )
 from tests.helpers.builds import documents_of
+from tests.helpers.loaders import BATCH_ROWS as ROWS_PER_STEP
+from tests.helpers.loaders import Corpus, Reading
 from tools.locate import (
     StoredDocument,
     document_by_number,
@@ -141,6 +145,46 @@ def test_batches_hold_every_token_of_every_document_where_it_is_located(
                 places = {(use.step, use.position, first + at) for at in range(len(of_row))}
                 assert not places & seen
                 seen |= places
+
+
+@QUICKLY
+@given(
+    shards=document_shards(),
+    epoch=st.integers(0, 2),
+    direction=st.sampled_from(list(Direction)),
+    forward_share=st.sampled_from([None, 0.5]),
+)
+def test_a_whole_document_is_located_in_the_row_that_reads_it(
+    shards: list[list[Ids]], epoch: int, direction: Direction, forward_share: float | None
+) -> None:
+    reading = Reading(are_whole=True, direction=direction, forward_share=forward_share)
+    with data_set(shards) as written:
+        corpus = Corpus([written], reading)
+        loader, stream = corpus.training(), corpus.streams()[0]
+        data = SimpleNamespace(
+            streams=[stream],
+            mixture=Mixture([1.0]),
+            total_steps=10**6,
+            read_steps=0,
+            branch=None,
+        )
+        for number, ids in enumerate(document for of_shard in shards for document in of_shard):
+            document = document_by_number(stream.rows.frames.data_set, "train", number)
+            (use,) = uses_of_document(data, document, ROWS_PER_STEP, epoch, None)
+            assert stream.order.places(use.step - 1).epoch[use.position] == epoch
+            (batch,) = loader.at(use.step - 1)
+            row = list(batch.rows(CONTEXT_TOKENS))[use.position]
+            text = ids[use.start : use.stop]
+            assert len(text) == min(len(ids), CONTEXT_TOKENS + 1)
+            is_forward = direction is Direction.FORWARD
+            if row.is_forward_N is not None:
+                is_forward = bool(row.is_forward_N[0])
+            if is_forward:
+                text = text[::-1] if forward_share else mirrored(text)
+            held = [*row.ids_T.tolist(), int(row.targets_T[-1])]
+            assert text.tolist() in [
+                held[start : start + len(text)] for start in range(CONTEXT_TOKENS)
+            ]
 
 
 @given(start=st.integers(0, 300), length=st.integers(2, 300), context_tokens=CONTEXTS)

@@ -117,7 +117,10 @@ def test_an_epoch_of_all_ranks_has_every_row_of_every_data_set_once(
 ) -> None:
     frames = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
     reading = replace(
-        data.draw(readings(len(frames))), direction=Direction.BACKWARD, forward_share=None
+        data.draw(readings(len(frames))),
+        direction=Direction.BACKWARD,
+        forward_share=None,
+        are_whole=False,
     )
     with written(([whole_frames(num_frames, 4) for num_frames in frames], reading)) as corpus:
         expected = [Counter(np.concatenate(part.frames).tolist()) for part in corpus.data_sets]
@@ -199,7 +202,8 @@ def test_a_batch_read_in_the_other_direction_has_mirrored_targets_row_by_row(
     shards, reading = described
     taught = {}
     for direction in Direction:
-        read_so = replace(reading, direction=direction, forward_share=None)
+        # Rows of whole documents read longer ones from another end.
+        read_so = replace(reading, direction=direction, forward_share=None, are_whole=False)
         with written((shards, read_so)) as corpus:
             taught[direction] = pairs_of_rows(corpus.step(step, threads=threads), read_so)
     expected = [

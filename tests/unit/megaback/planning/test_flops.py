@@ -62,11 +62,13 @@ def test_flops_per_token_equal_those_that_pytorch_counts(
     assert counted_flops(model, lengths) == pytest.approx(expected, rel=0.001)
 
 
-def batches_of(shards: Path, folder: Path, context_tokens: int) -> tuple[list[Batch], float]:
+def batches_of(
+    shards: Path, folder: Path, context_tokens: int, rows: str
+) -> tuple[list[Batch], float]:
     """An epoch of rows, and the run's mean number of attended tokens."""
     fields = {
         "run": str(folder / "run"),
-        "data": {"shards": str(shards), "threads": 0},
+        "data": {"shards": str(shards), "threads": 0, "rows": rows},
         "model": {"num_layers": 1, "width": 8, "num_heads": 1},
         "batch": {
             "context_tokens": context_tokens,
@@ -83,11 +85,13 @@ def batches_of(shards: Path, folder: Path, context_tokens: int) -> tuple[list[Ba
     return batches, data.attended_tokens()
 
 
-@pytest.mark.parametrize("context_tokens", [64, 512])
+@pytest.mark.parametrize(
+    ("context_tokens", "rows"), [(64, "stream"), (512, "stream"), (64, "documents")]
+)
 def test_a_runs_flops_are_within_2_percent_of_those_of_its_rows(
-    context_tokens: int, tiny_shards: Path, tmp_path: Path
+    context_tokens: int, rows: str, tiny_shards: Path, tmp_path: Path
 ) -> None:
-    batches, attended = batches_of(tiny_shards, tmp_path, context_tokens)
+    batches, attended = batches_of(tiny_shards, tmp_path, context_tokens, rows)
     lengths = np.concatenate([np.diff(batch.cu_seqlens) for batch in batches]).astype(float)
     found = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
     shape = shape_of(width=256)

@@ -221,6 +221,23 @@ def test_a_plan_has_the_steps_and_epochs_of_the_run(tiny_shards: Path) -> None:
     assert data.rows_by_data_set(10**6, 8) == {str(tiny_shards): {"rows": 8}}
 
 
+def test_rows_of_whole_documents_shorten_an_epoch_by_what_they_do_not_read(
+    tiny_shards: Path,
+) -> None:
+    overrides = (f"data.shards={tiny_shards}", "batch.context_tokens=16", "training.steps=null")
+    facts = [
+        run_facts(
+            config_of("demo", *overrides, "training.epochs=1", f"data.rows={rows}"), None, None
+        )
+        for rows in ("stream", "documents")
+    ]
+    stream, documents = (one.total_tokens for one in facts)
+    assert stream is not None
+    assert documents is not None
+    assert documents < stream
+    assert any("documents are longer than a row" in note for note in facts[1].notes)
+
+
 def test_a_vocabulary_size_that_contradicts_the_shards_is_refused(tiny_shards: Path) -> None:
     config = config_of("demo", f"data.shards={tiny_shards}", "batch.context_tokens=64")
 

@@ -189,6 +189,34 @@ def test_a_run_of_changing_weights_is_refused_by_the_name_of_what_would_change_i
             require_same_run(other, data, run.config.run, meta)
 
 
+def test_a_resume_with_rows_cut_otherwise_is_refused_and_a_run_from_before_the_key_resumes(
+    config_of: Configs, training_world: World
+) -> None:
+    with prepared(config_of(), training_world) as run:
+        save(run, 2, training_world)
+    path = complete_checkpoints(config_of().run)[-1] / META_NAME
+    fields = json.loads(path.read_text())
+    del fields["config"]["data"]["rows"]
+    path.write_text(json.dumps(fields))
+    with prepared(config_of(), training_world) as run:
+        assert run.start_step == 2
+
+    whole = config_of(data={**config_of().data.model_dump(mode="json"), "rows": "documents"})
+    error = refused(whole, training_world)
+    assert isinstance(error, RunMismatchError)
+    assert "data.rows = stream, and the config has data.rows = documents" in str(error)
+
+
+def test_the_start_of_a_run_on_whole_documents_has_the_share_of_tokens_that_are_read(
+    config_of: Configs, training_world: World
+) -> None:
+    whole = config_of(data={**config_of().data.model_dump(mode="json"), "rows": "documents"})
+    with prepared(whole, training_world) as run:
+        text = batch_arithmetic(run, training_world)
+    assert "rows read " in text
+    assert "documents are longer than a row), and are " in text
+
+
 def test_the_default_share_of_forward_rows_may_be_given_on_resume_and_no_other(
     config_of: Configs, training_world: World
 ) -> None:
