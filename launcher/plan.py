@@ -20,6 +20,7 @@ from data_pipeline.common.terminal import echo, table_lines
 from data_pipeline.errors import ConfigError
 from megaback.config import Config
 from megaback.config_file import load_config
+from megaback.horizons import horizons_of
 from megaback.planning.data_facts import RunFacts, run_facts
 from megaback.planning.devices import CPU, DEVICES, Device, cpu_device, find_device
 from megaback.planning.host_memory import host_memory_bytes
@@ -115,6 +116,15 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
         echo(f"run      {plan.steps:,} steps = {plan.steps * plan.step_tokens:,} tokens{ends}")
     for use in facts.data:
         echo(f"data     {use.shown()}")
+    horizons = horizons_of(config)
+    if horizons:
+        decay_steps = sum(one.steps - one.branch_step for one in horizons)
+        echo(f"         and {decay_steps:,} steps of decay, in branches that are not counted below")
+    for horizon in horizons:
+        echo(
+            f"horizon  {horizon.name} tokens: decays from step {horizon.branch_step:,} to "
+            f"{horizon.steps:,}, in {horizon.run(config.run)}"
+        )
     echo(f"memory   GB per rank; {cluster.shown} has {device.memory_bytes / _GB:.1f}")
     for line in _rows(plan, cluster):
         click.echo(line)
@@ -160,7 +170,12 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
 
 
 def to_json(
-    facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu: float, change: str | None
+    config: Config,
+    facts: RunFacts,
+    cluster: Cluster,
+    plan: RunPlan,
+    mfu: float,
+    change: str | None,
 ) -> dict[str, Any]:
     """The plan as JSON fields, in bytes, seconds and days."""
     stages = {
@@ -174,6 +189,7 @@ def to_json(
         "fits": plan.memory.parts.total <= cluster.device.memory_bytes,
         "smallest_change": change,
         "mfu": mfu,
+        "horizons": [asdict(horizon) for horizon in horizons_of(config)],
         "cluster": asdict(cluster),
         "facts": asdict(facts),
     }
@@ -252,7 +268,7 @@ def main(
     fits = plan.memory.parts.total <= chosen.memory_bytes
     if as_json:
         change = None if fits else smallest_change(settings, facts, cluster)
-        click.echo(json.dumps(to_json(facts, cluster, plan, mfu, change), indent=2))
+        click.echo(json.dumps(to_json(settings, facts, cluster, plan, mfu, change), indent=2))
     else:
         _show(settings, facts, cluster, plan, mfu)
     require_room(settings, facts, cluster, plan)

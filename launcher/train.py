@@ -12,6 +12,7 @@ from data_pipeline.common.atomic import new_id
 from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.import_path import module_command
 from data_pipeline.common.shared_options import hostfile_option, save_before_option
+from data_pipeline.common.terminal import echo
 from data_pipeline.errors import MegabackError
 from launcher.ranks.hostfile import read_hostfile, run_on_hosts
 from launcher.ranks.local import (
@@ -21,13 +22,16 @@ from launcher.ranks.local import (
     run_ranks,
     verdict,
 )
-from launcher.train_result import show_result
+from launcher.train_result import show_branches, show_result
+from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.faults.exit_record import newest_start, read_exit, record_exit
 from megaback.faults.run_ownership import require_run_folder
 from megaback.faults.run_state import assess_run
-from megaback.faults.stop_request import deadline_of
+from megaback.faults.stop_request import deadline_of, local_time_of
+from megaback.horizons import branch_overrides, horizons_of, require_branch_points
+from megaback.run_folder import newest_checkpoint_step
 from megaback.tracking.run_progress import read_progress
 from megaback.yaml_text import kept_overrides
 
@@ -52,13 +56,15 @@ def main(
 ) -> None:
     """Train the run that CONFIG describes, with key.sub=value OVERRIDES.
 
-    Starts one rank per device of this machine, or of the hosts of --hostfile. Run the same command
-    again to resume from the newest checkpoint. docs/reference/config.md lists all keys.
+    Starts one rank per device of this machine, or of the hosts of --hostfile, and then the branches
+    of optimizer.decay_at. Run the same command again to resume from the newest checkpoint.
+    docs/reference/config.md lists all keys.
     """
     started = time.monotonic()
-    code = train(config, overrides, save_before, hostfile)
+    code, runs = train_with_branches(config, overrides, save_before, hostfile)
     if not code:
-        show_result(load_config(config, overrides), time.monotonic() - started)
+        show_branches(runs[1:])
+        show_result(runs[-1], time.monotonic() - started)
     raise SystemExit(code)
 
 
@@ -105,6 +111,45 @@ def train(
             kind = type(error).__name__
             record_exit(settings.run, error.exit_code, kind, str(error), start=start_id)
         raise
+
+
+def train_with_branches(
+    config: Path,
+    overrides: tuple[str, ...],
+    save_before: str | None = None,
+    hostfile: Path | None = None,
+) -> tuple[int, list[Config]]:
+    """Train a run, and the branches of its horizons if it has any, one after another.
+
+    Returns the first exit code that is not 0, or 0, and the configs of the trained runs. Raises the
+    errors of `train`, and ConfigError for a horizon that its trunk is past.
+    """
+    settings = load_config(config, overrides)
+    horizons = horizons_of(settings)
+    require_branch_points(settings)
+    save_before = local_time_of(save_before)  # a duration is that of all runs together
+    runs = [overrides, *((*overrides, *branch_overrides(settings, one)) for one in horizons)]
+    loaded: list[Config] = []
+    for number, words in enumerate(runs):
+        loaded.append(load_config(config, words))
+        run = loaded[-1].run
+        if horizons:
+            what = f"horizon {horizons[number - 1].name}" if number else "trunk"
+            echo(f"{what} ({number + 1} of {len(runs)}): {run}")
+            if _is_finished(loaded[-1]):
+                echo(f"it has done its {loaded[-1].training.steps:,} steps")
+                continue
+        code = train(config, words, save_before, hostfile)
+        if code:
+            return code, loaded
+    return 0, loaded
+
+
+def _is_finished(settings: Config) -> bool:
+    ending = read_exit(settings.run)
+    steps = settings.training.steps or 0
+    has_ended = ending is not None and ending.get("code") == 0
+    return has_ended and newest_checkpoint_step(settings.run) >= steps
 
 
 def _dead_ranks(run: Path) -> str:

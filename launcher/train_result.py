@@ -1,13 +1,16 @@
 """Summary of a finished run from its records, and commands to use next."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import click
 
 from data_pipeline.common.checked_json import read_json
 from data_pipeline.common.durations import duration
 from data_pipeline.common.next_command import command, free_path, show_next
-from data_pipeline.common.terminal import echo
+from data_pipeline.common.terminal import echo, table_lines
 from data_pipeline.text.codec import Directions
 from megaback.config import Config
 from megaback.run_folder import (
@@ -43,6 +46,22 @@ def show_result(config: Config, took_s: float) -> None:
     out = free_path(MODELS_FOLDER / (config.run.resolve().name or "model"))
     convert = command("convert", path, "--to", "full", "--out", out)
     show_next({**use, convert: "export the model"})
+
+
+def show_branches(configs: Sequence[Config]) -> None:
+    """Print steps, tokens and val loss of finished branches, one line each."""
+    rows = []
+    for config in configs:
+        _, meta = _checkpoint(config)
+        loss = None if meta is None else meta.get("val_loss")
+        steps = config.training.steps or 0
+        tokens = steps * config.batch.global_batch_rows * config.batch.context_tokens
+        shown = "" if loss is None else f"{float(loss):.4f}"
+        rows.append([str(config.run), f"{steps:,}", f"{tokens:,}", shown])
+    if rows:
+        titles = ["branch", "steps", "tokens", "val loss"]
+        for line in table_lines(titles, rows, right=range(1, len(titles))):
+            click.echo(line)
 
 
 def _checkpoint(config: Config) -> tuple[Path, dict[str, Any] | None]:

@@ -3,6 +3,7 @@
 Each field has a docstring. Unknown keys and invalid values are errors. Loads no torch.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -122,6 +123,10 @@ class OptimizerSection(Section):
     linear decay in the last phase (warmup, stable, decay); linear: linear decay."""
     decay_fraction: Annotated[float, ranges.SOME_SHARE] = 0.2
     """Fraction of all steps in the last (decay) phase of `wsd`."""
+    decay_at: tuple[Annotated[float, ranges.PLANNED_TOKENS], ...] | None = None
+    """Horizons of `wsd`, in tokens: at each, a branch of the run ends with a model whose rate has
+    decayed, while the run itself stays at the peak. Takes the place of training.steps. Default:
+    none."""
     final_learning_rate_ratio: Annotated[float, ranges.SHARE] = 0.1
     """Ratio of the last step's learning rate to the peak."""
     warmup_steps: Annotated[int, ranges.COUNT_OR_ZERO] = 0
@@ -143,6 +148,23 @@ class OptimizerSection(Section):
     is usual). Part of the objective, but not of the losses that are reported."""
 
     @model_validator(mode="after")
+    def _horizons_of_wsd(self) -> "OptimizerSection":
+        if self.decay_at is None:
+            return self
+        if self.schedule != "wsd":
+            raise ValueError(
+                f"decay_at is for schedule wsd only, and it is {self.schedule}; set it to wsd or "
+                "remove decay_at"
+            )
+        if not self.decay_at or any(after <= before for before, after in pairwise(self.decay_at)):
+            raise ValueError("decay_at must be one or more numbers of tokens, each above the last")
+        return self
+
+    def decay_steps(self, total_steps: int) -> int:
+        """Number of steps in the decay phase of `wsd`."""
+        return max(round(self.decay_fraction * total_steps), 1)
+
+    @model_validator(mode="after")
     def _rate_of_muon(self) -> "OptimizerSection":
         if self.matrix_learning_rate is not None and self.name != "muon":
             raise ValueError("matrix_learning_rate is for Muon only; set name to muon or remove it")
@@ -151,7 +173,8 @@ class OptimizerSection(Section):
 
 class TrainingSection(Section):
     steps: Annotated[int, ranges.COUNT] | None = None
-    """Length of the run, in steps. Exactly one of steps and epochs is given."""
+    """Length of the run, in steps. Exactly one of steps and epochs is given, or
+    optimizer.decay_at."""
     epochs: Annotated[float, ranges.EPOCHS] | None = None
     """Length of the run, in passes over the train set; fractions are allowed."""
     seed: Annotated[int, ranges.TRAINING_SEED] = 0
@@ -180,7 +203,7 @@ class TrainingSection(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainingSection":
-        if (self.steps is None) == (self.epochs is None):
+        if self.steps is not None and self.epochs is not None:
             raise ValueError("give exactly one of steps and epochs")
         return self
 
@@ -278,6 +301,25 @@ class Config(Section):
             )
         if self.branch_from is None and self.keep != ALL_KEPT:
             raise ValueError("keep is for branches only; set branch_from or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _one_end(self) -> "Config":
+        if self.optimizer.decay_at is None:
+            if self.training.steps is None and self.training.epochs is None:
+                raise ValueError("training: give exactly one of steps and epochs")
+            return self
+        for key, is_set in (
+            ("training.epochs", self.training.epochs is not None),
+            ("branch_from", self.branch_from is not None),
+            ("validation.patience", self.validation.patience is not None),
+            ("data.weight_positions fraction", self.data.depends_on_length),
+        ):
+            if is_set:
+                raise ValueError(
+                    f"optimizer.decay_at and {key} exclude each other, as the horizons are the "
+                    "lengths of the run; remove one of the two"
+                )
         return self
 
     @model_validator(mode="after")

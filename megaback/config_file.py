@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from data_pipeline.errors import ConfigError
 from megaback.config import Config
 from megaback.config_messages import sentence
+from megaback.horizons import with_trunk_steps
 from megaback.run_folder import CONFIG_COPY_NAME, RESOLVED_COPY_NAME
 from megaback.weights.base_shape import with_base_shape
 from megaback.yaml_text import apply_override, read_yaml_argument
@@ -41,7 +42,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
         config = Config.model_validate(fields)
     except ValidationError as error:
         raise ConfigError(f"{path}: {sentence(error, Config)}") from None
-    return config.model_copy(update={"model": config.model.resolved()})
+    return with_trunk_steps(config.model_copy(update={"model": config.model.resolved()}))
 
 
 def _advice(path: Path) -> str:

@@ -32,14 +32,18 @@ class CheckpointPipeline:
         world: World,
         watchdog: Watchdog,
         log: Callable[[str], None],
+        pinned_steps: frozenset[int] = frozenset(),
     ) -> None:
-        """`log` receives messages for the user. Ends all ranks for an invalid `copy_to`."""
+        """`log` receives messages for the user; checkpoints of `pinned_steps` are kept.
+
+        Ends all ranks for an invalid `copy_to`.
+        """
         self.folder = run
         """The run's folder at the last save."""
         self._world, self._watchdog, self.log = world, watchdog, log
         fence = watchdog.fence
         self._copier = world.run_collectively(CheckpointCopier, run, section, world, fence)
-        self._saver = CheckpointSaver(run, tokenizer, section, world, fence)
+        self._saver = CheckpointSaver(run, tokenizer, section, world, fence, pinned_steps)
 
     @property
     def is_writing(self) -> bool:

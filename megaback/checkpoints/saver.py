@@ -49,7 +49,10 @@ class CheckpointSaver:
         section: CheckpointSection,
         world: World,
         fence: Fence = NO_FENCE,
+        pinned_steps: frozenset[int] = frozenset(),
     ) -> None:
+        """`pinned_steps`: steps whose checkpoints are never deleted."""
+        self._pinned_steps = pinned_steps
         self._folder = run / CHECKPOINTS_FOLDER
         self._tokenizer = tokenizer
         self._section = section
@@ -129,7 +132,7 @@ class CheckpointSaver:
         write_text(target.parent / LATEST_NAME, target.name + "\n", publish)
         if writing.is_best:
             write_text(target.parent / BEST_NAME, target.name + "\n", publish)
-        rotate(self._folder, self._section, self._fence)
+        rotate(self._folder, self._section, self._fence, self._pinned_steps)
 
     def _copied(self, state: Mapping[str, Tensor]) -> HostCopy:
         if self._host is None or self._host.keys() != state.keys():
@@ -183,10 +186,16 @@ class _Writing(Thread):
             )
 
 
-def rotate(folder: Path, section: CheckpointSection, fence: Fence = NO_FENCE) -> None:
+def rotate(
+    folder: Path,
+    section: CheckpointSection,
+    fence: Fence = NO_FENCE,
+    pinned_steps: frozenset[int] = frozenset(),
+) -> None:
     """Delete old and incomplete checkpoints.
 
-    Kept are the last `keep_last`, every `keep_every_steps`, the last finite one and the best.
+    Kept are the last `keep_last`, every `keep_every_steps`, those of `pinned_steps`, the last
+    finite one and the best.
 
     A checkpoint's meta.json is deleted first. Symbolic links to other checkpoints, and files that
     are not part of a checkpoint, are kept.
@@ -197,6 +206,8 @@ def rotate(folder: Path, section: CheckpointSection, fence: Fence = NO_FENCE) ->
         kept.add(meant_by(folder / BEST_NAME))
     for target in complete[: -section.keep_last]:
         step = step_of(target)
+        if step in pinned_steps:
+            kept.add(target)
         if section.keep_every_steps is not None and step % section.keep_every_steps == 0:
             kept.add(target)
     finite = next((target for target in reversed(complete) if _is_finite(target)), None)

@@ -74,6 +74,7 @@ def _short(overrides: tuple[str, ...], out: Path, steps: int) -> tuple[str, ...]
         f"run={out / RUN_FOLDER}",
         f"training.steps={WARMUP_STEPS + steps}",
         "training.epochs=null",
+        "optimizer.decay_at=null",
         "validation.every_steps=null",
         "validation.patience=null",
         "validation.suites=[]",

@@ -1,6 +1,7 @@
 """State of a run that is ready for its next step, from `setup` to the training loop."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import IO, Any
 
 from data_pipeline.loading.order import ORDER_VERSION
@@ -11,6 +12,7 @@ from megaback.data import Data
 from megaback.distributed.versions import library_versions
 from megaback.distributed.world import World
 from megaback.faults.watchdog import Watchdog
+from megaback.horizons import horizons_of
 from megaback.model.compiler import GraphCounter
 from megaback.training.start import Changes
 from megaback.training.suites import Suites
@@ -43,6 +45,11 @@ class Run:
     """Benchmarks that are measured during training."""
     begins_branch: bool = False
     """Whether this start is the first of a branch, which has no checkpoint of its own yet."""
+
+    @cached_property
+    def pinned_steps(self) -> frozenset[int]:
+        """Steps from whose checkpoints the branches of its horizons continue."""
+        return frozenset(horizon.branch_step for horizon in horizons_of(self.config))
 
     @property
     def guarded_since(self) -> int:

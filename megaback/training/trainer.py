@@ -68,6 +68,7 @@ class Trainer:
             world,
             run.watchdog,
             self.log,
+            run.pinned_steps,
         )
         self._ahead = StepAhead(run, world, stop, self._checkpoints)
         send = partial(
@@ -137,7 +138,7 @@ class Trainer:
                 if not is_measured and not is_end:
                     self._stop_after(done)
             measurements.report_cost(done)
-            is_due = _is_due(run.config.checkpoint.every_steps, done)
+            is_due = _is_due(run.config.checkpoint.every_steps, done) or done in run.pinned_steps
             if is_due or is_end or self._early_stopping.is_kept(done):
                 self._save(done)
             if step == run.start_step:

@@ -88,10 +88,16 @@ def require_comparable(config: Path, overrides: tuple[str, ...], runs: list[Arro
     """
     for run in runs[: len(DIRECTIONS)]:
         settings = load_config(config, (*overrides, *run.overrides))
-        if settings.init_from is not None:
+        for key in ("init_from", "branch_from"):
+            if getattr(settings, key) is not None:
+                raise ConfigError(
+                    f"{key} is {getattr(settings, key)}, a model trained in one direction; unset "
+                    "it, so that both directions start from the same weights"
+                )
+        if settings.optimizer.decay_at is not None:
             raise ConfigError(
-                f"init_from is {settings.init_from}, a model trained in one direction; unset it, "
-                "so that both directions start from the same weights"
+                "optimizer.decay_at makes several models of one run; unset it and set "
+                "training.steps, so that one model of each direction is compared"
             )
         if settings.validation.patience is not None:
             raise ConfigError(
