@@ -176,7 +176,9 @@ def main(
         require_trainable(config, left, hostfile)
     if dry_run:
         click.echo("\n".join(cost_lines(plan.runs, [states[run.name] for run in plan.runs])))
-        return click.echo(f"{room}\nnothing was written or started".lstrip())
+        if room:
+            click.echo(f"{room}\n{array.line}")
+        return click.echo("nothing was written or started")
     if slurm and left:
         click.echo(room)
         return queue_runs(plan, array)

@@ -60,6 +60,11 @@ class RunArray:
         )
         return replace(submission, file=str(snapshot / file.name))
 
+    @property
+    def line(self) -> str:
+        """The command line that would queue the array now. Raises ConfigError, LaunchError."""
+        return self.submission(new_folder(self.folder)).line
+
     def check(self, path: Path, *, may_be_away: bool) -> str:
         """Refuse, before anything is queued, runs that cannot work or have a job already.
 

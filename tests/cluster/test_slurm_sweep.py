@@ -35,6 +35,7 @@ def test_the_runs_of_an_array_end_and_requeue_each_by_itself(
     slurm.require_completed(array, out / "logs")
 
     assert "memory: not checked" in shown
+    assert "--array=0-1" in shown
     assert "nothing was written" in shown
     assert jobs == [f"{array}_0", f"{array}_1"]
     starts = [

@@ -51,13 +51,10 @@ def sweep_figure(result: SweepResult, x_axis: str | None = None) -> "Figure":
     places = {value_text(value): float(value) if is_scale else n for n, value in enumerate(values)}
     lines: dict[str, list[Setting]] = {}
     names = short_names(result.keys)
+    others = _line_keys(result, key)
     for setting in sorted(result.settings, key=lambda one: _order(one.values)):
-        others = [
-            f"{names[other]} {value_text(value)}"
-            for other, value in setting.values.items()
-            if other != key
-        ]
-        lines.setdefault(", ".join(others), []).append(setting)
+        label = ", ".join(f"{names[one]} {value_text(setting.values[one])}" for one in others)
+        lines.setdefault(label, []).append(setting)
     for number, (label, settings) in enumerate(lines.items()):
         spots = [places[value_text(one.values.get(key))] for one in settings]
         _draw_line(axes, spots, settings, number, label)
@@ -79,6 +76,19 @@ def sweep_figure(result: SweepResult, x_axis: str | None = None) -> "Figure":
     if lines.keys() - {""}:
         axes.legend(frameon=False)
     return figure
+
+
+def _line_keys(result: SweepResult, key: str) -> list[str]:
+    """Keys that distinguish lines, without those that another one determines, as zipped ones do."""
+    kept = [key] if key else []
+
+    def num_values(*keys: str) -> int:
+        return len({repr([one.values[part] for part in keys]) for one in result.settings})
+
+    for other in result.keys:
+        if not any(num_values(one, other) == num_values(one) for one in kept):
+            kept.append(other)
+    return [one for one in kept if one != key]
 
 
 def _sorted_values(values: Sequence[Any]) -> list[Any]:

@@ -71,3 +71,20 @@ def test_a_sweep_over_seeds_only_has_one_place() -> None:
     (axes,) = sweep_figure(found).axes
 
     assert [label.get_text() for label in axes.get_xticklabels()] == [""]
+
+
+def test_a_key_that_another_determines_makes_no_line_of_its_own() -> None:
+    heads = "model.num_heads"
+    zipped = [(64, 1), (128, 2)]
+    found = result(
+        *({WIDTH: width, heads: num, RATE: rate} for width, num in zipped for rate in (0.1, 0.2))
+    )
+
+    labels_by_key = {
+        WIDTH: ["learning_rate 0.1", "learning_rate 0.2"],
+        RATE: ["width 64", "width 128"],
+    }
+    for key, labels in labels_by_key.items():
+        legend = sweep_figure(found, key).axes[0].get_legend()
+        assert legend is not None
+        assert [text.get_text() for text in legend.get_texts()] == labels
