@@ -25,7 +25,8 @@ from data_pipeline.errors import CheckpointMissingError
 from megaback.run_folder import METRICS_NAME, SAMPLES_NAME
 from megaback.tracking.run_progress import runs_below
 from megaback.tracking.samples_log import read_samples
-from tools.run_views.curves import Axis, RunCurves, differences, names_of, read_curves
+from tools.run_views.branch_tree import TreeRun
+from tools.run_views.curves import Axis, RunCurves, differences, names_in_tree, read_curves
 from tools.run_views.curves_figure import COLORS, Style, curves_figure, svg_of
 from tools.run_views.suites_figure import suites_table
 
@@ -42,7 +43,7 @@ i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin
 
 
 def draw(
-    runs: Sequence[Path],
+    runs: Sequence[TreeRun],
     out: Path,
     axis: Axis,
     smooth: int | None,
@@ -62,15 +63,17 @@ def draw(
     for path, is_ours in ((picture, is_our_picture), (page, file_with_mark(_MARK.encode()))):
         require_output(path, is_ours=is_ours, overwrite=overwrite)
     require_matplotlib("megaback plot")
-    curves = [read_curves(run, axis, name) for run, name in zip(runs, names_of(runs), strict=True)]
+    names = names_in_tree(runs)
+    curves = [read_curves(run, axis, name) for run, name in zip(runs, names, strict=True)]
     longest = max(one.num_steps for one in curves)
     if not longest:
-        names = ", ".join(map(str, runs))
-        raise CheckpointMissingError(f"{names}: no step is done yet; try again later")
+        where = ", ".join(str(run.path) for run in runs)
+        raise CheckpointMissingError(f"{where}: no step is done yet; try again later")
     look = Style(axis, max(1, longest // _SMOOTHED_SHARE) if smooth is None else smooth, log)
     figure = curves_figure(curves, look)
     write_picture(figure, picture, overwrite=overwrite)
-    text = page_of(svg_of(figure), curves, differences(runs), _newest_samples(runs))
+    paths = [run.path for run in runs]
+    text = page_of(svg_of(figure), curves, differences(paths), _newest_samples(paths, names))
     write_output(page, text, overwrite=overwrite)
     return [picture, page]
 
@@ -115,10 +118,10 @@ def _with_given(given: str, text: str) -> str:
     return escape(text)
 
 
-def _newest_samples(runs: Sequence[Path]) -> list[tuple[str, int, str, str]]:
+def _newest_samples(runs: Sequence[Path], names: Sequence[str]) -> list[tuple[str, int, str, str]]:
     """Run, step, given and whole text of the samples at each run's last validation with some."""
     found = []
-    for run, name in zip(runs, names_of(runs), strict=True):
+    for run, name in zip(runs, names, strict=True):
         lines = read_samples(run) if (run / SAMPLES_NAME).is_file() else []
         found += [
             (name, line["step"], line["given"], line["text"])
@@ -129,8 +132,9 @@ def _newest_samples(runs: Sequence[Path]) -> list[tuple[str, int, str, str]]:
 
 
 def _row(run: RunCurves, color: str) -> list[str]:
-    losses, speeds = run.val_loss.values, run.tokens_per_s.values
-    last = run.loss.values[-max(1, len(run.loss.values) // _SMOOTHED_SHARE) :]
+    losses, speeds = run.val_loss.values, run.tokens_per_s.since(run.begins).values
+    losses_of_steps = run.loss.since(run.begins).values
+    last = losses_of_steps[-max(1, len(losses_of_steps) // _SMOOTHED_SHARE) :]
     return [
         f'<i style="background:{color}"></i>{escape(run.name)}',
         f"{run.num_steps:,}",
@@ -148,10 +152,17 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "num
     return f'<table class="{kind}"><tr>{head}</tr>\n{body}</table>'
 
 
-def _with_metrics(folder: Path) -> list[Path]:
-    if (folder / METRICS_NAME).is_file():
-        return [folder]
-    return [run for run in runs_below(folder) if (run / METRICS_NAME).is_file()] or [folder]
+def _with_metrics(folder: Path) -> list[TreeRun]:
+    """The run of a folder, or those below it, each followed by its branches."""
+    roots = [folder] if (folder / METRICS_NAME).is_file() else list(runs_below(folder))
+    found = [run for root in roots for run in TreeRun(root).with_branches()]
+    return [run for run in found if (run.path / METRICS_NAME).is_file()] or [TreeRun(folder)]
+
+
+def _once(runs: Sequence[TreeRun]) -> list[TreeRun]:
+    """The runs without those that are also given as a branch of another one."""
+    branches = {run.path.resolve() for run in runs if run.trunk is not None}
+    return [run for run in runs if run.lineage[-1].path.resolve() not in branches]
 
 
 @click.command(
@@ -190,9 +201,10 @@ def main(
 ) -> None:
     """Plot the curves of one or several runs.
 
-    A RUN may also be a folder with runs up to three levels below it.
+    A RUN may also be a folder with runs up to three levels below it. The branches of a run are
+    drawn with it, each from where it left the run.
     """
-    found = [run for folder in runs for run in _with_metrics(folder)]
+    found = _once([run for folder in runs for run in _with_metrics(folder)])
     for path in draw(found, out, axis, smooth, log, overwrite):
         click.echo(path)
 

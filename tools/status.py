@@ -23,6 +23,7 @@ from data_pipeline.errors import CheckpointCorruptError
 from megaback.faults.exit_record import read_history
 from megaback.run_folder import HISTORY_NAME, META_NAME, METRICS_NAME, complete_checkpoints, step_of
 from megaback.tracking.metrics import MIN_DATA_WAIT_SHARE, losses_apart, read_metrics
+from tools.run_views.branch_tree import Departure, TreeRun, departure_of, tree_lines
 from tools.watch import Health, health_of
 
 _RECENT_STEPS = 50
@@ -72,20 +73,27 @@ class Status:
     checkpoint_age_s: float | None
     history: list[dict[str, Any]]
     """Starts, ends and other events, oldest first."""
+    departure: Departure | None
+    """Point at which the run left its trunk, if it is a branch."""
+    branches: "list[Status]"
+    """The status of each branch in the run's folder."""
 
 
-def status_of(run: Path, now: float) -> Status:
-    """The status of a run at time `now`, in seconds since the epoch.
+def status_of(run: Path | TreeRun, now: float) -> Status:
+    """The status of a run and its branches at time `now`, in seconds since the epoch.
 
     Raises CheckpointMissingError if it is not a run, CheckpointCorruptError for metrics of another
     version.
     """
+    tree = run if isinstance(run, TreeRun) else TreeRun(run)
+    run = tree.path
     lines = read_metrics(run) if (run / METRICS_NAME).is_file() else []
+    branches = [status_of(branch, now) for branch in tree.branches()]
     try:
         health = health_of(run, now)
         if health.state == "stopped" and health.step is not None:  # also after a rollback
             lines = [line for line in lines if line["step"] <= health.step]
-        return _status(run, health, lines, read_history(run), now)
+        return _status(run, health, lines, read_history(run), branches, now)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointCorruptError(
             f"{run / METRICS_NAME} is not of this version of megaback, or damaged ({error}); read "
@@ -98,6 +106,7 @@ def _status(
     health: Health,
     lines: Sequence[Mapping[str, Any]],
     history: list[dict[str, Any]],
+    branches: list[Status],
     now: float,
 ) -> Status:
     steps = [line for line in lines if "learning_rate" in line]
@@ -154,6 +163,8 @@ def _status(
         checkpoints=[step_of(path) for path in complete],
         checkpoint_age_s=now - (complete[-1] / META_NAME).stat().st_mtime if complete else None,
         history=history,
+        departure=departure_of(history),
+        branches=branches,
     )
 
 
@@ -196,7 +207,14 @@ def screen(status: Status, now: float) -> str:
         rows.append(("skipped", f"{count} step{'s' * (count > 1)}; the last is {last:,}: {why}"))
     if status.excluded_steps:
         rows.append(("excluded", f"{status.excluded_steps:,} steps, by megaback rollback"))
-    lines = [status.run, *(f"  {name:<11}{text}" for name, text in rows), "history"]
+    if status.departure is not None:
+        left = status.departure
+        rows.append(("branch", f"of {left.checkpoint}, step {left.step:,}"))
+    lines = [status.run, *(f"  {name:<11}{text}" for name, text in rows)]
+    if status.branches:
+        tree = tree_lines(status, lambda one: one.branches, _in_tree)
+        lines += ["branches", *(f"  {line}" for line in tree)]
+    lines.append("history")
     hidden = len(status.history) - _MAX_EVENTS
     if hidden > 0:
         lines.append(f"  … {hidden} earlier ones in {HISTORY_NAME}")
@@ -209,6 +227,19 @@ def _data_shares(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for line in steps:
         rows.update({name: part["rows"] for name, part in line.get("by_data_set", {}).items()})
     return {name: count / rows.total() for name, count in rows.items()} if rows.total() else {}
+
+
+def _in_tree(status: Status) -> str:
+    """A run in a line of its tree."""
+    total = "" if status.total_steps is None else f" of {status.total_steps:,}"
+    left = "" if status.departure is None else f" from step {status.departure.step:,}"
+    loss = "" if status.validation is None else f", val loss {_number(status.validation.loss)}"
+    name = Path(status.run).name
+    return f"{name}{left}: {status.health.state}, step {status.step:,}{total}{loss}"
+
+
+def _number(loss: float | None) -> str:
+    return "non-finite" if loss is None else f"{loss:.4f}"
 
 
 def _steps(status: Status) -> str:
@@ -230,7 +261,7 @@ def _pace(status: Status) -> str:
 def _validations(status: Status) -> str:
     last, best = status.validation, status.best_validation
     assert last is not None
-    loss = "non-finite" if last.loss is None else f"{last.loss:.4f} nats/token"
+    loss = _number(last.loss) + ("" if last.loss is None else " nats/token")
     loss += losses_apart(last.by_direction)
     bits = "" if last.bits_per_byte is None else f", {last.bits_per_byte:.4f} bits/byte"
     lowest = ""

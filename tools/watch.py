@@ -25,6 +25,7 @@ from megaback.faults.heartbeat import read_heartbeats
 from megaback.faults.run_state import State, assess_run
 from megaback.run_folder import HISTORY_NAME
 from megaback.tracking.run_progress import last_metrics, runs_below
+from tools.run_views.branch_tree import TreeRun
 
 _NAMED_RUNS = 6
 EXIT_CODES: dict[State, int] = {
@@ -107,6 +108,12 @@ def health_of(run: Path, now: float | None = None) -> Health:
     )
 
 
+def branch_states(run: Path) -> dict[str, State]:
+    """State of each branch below a run, by its path from there."""
+    _, *branches = TreeRun(run).with_branches()
+    return {str(one.path.relative_to(run)): health_of(one.path).state for one in branches}
+
+
 @click.command(
     cls=Command,
     name="watch",
@@ -127,17 +134,21 @@ def main(run: Path, every_s: float | None, as_json: bool) -> None:
     """Report whether RUN is finished, stopped, starting, running, slow, stuck or dead, and why.
 
     The exit code is 0 for a healthy or finished run, 3 for stopped, 4 for slow, 5 for stuck and 6
-    for dead. With --every, reports repeat until the run ends; --json prints one object per report.
+    for dead, whatever the state of its branches. With --every, reports repeat until the run ends;
+    --json prints one object per report.
     """
     while True:
-        health = health_of(run)
+        health, branches = health_of(run), branch_states(run)
         if as_json:
-            click.echo(json.dumps(asdict(health)))
+            click.echo(json.dumps({**asdict(health), "branches": branches}))
         else:
             restarts = f", {health.restarts} restarts" if health.restarts else ""
             pace = f", {health.median_step_s:.3f} s/step" if health.median_step_s else ""
             slow = f"; {health.slow_rank}" if health.slow_rank else ""
-            echo(f"{health.state}: step {health.step}{pace}{restarts}; {health.reason}{slow}")
+            counts = Counter(branches.values())
+            below = ", ".join(f"{count} {state}" for state, count in counts.items())
+            line = f"{health.state}: step {health.step}{pace}{restarts}; {health.reason}{slow}"
+            echo(line + (f"; branches: {below}" if below else ""))
         if every_s is None or health.state in ("finished", "stopped", "dead"):
             raise SystemExit(EXIT_CODES[health.state])
         time.sleep(every_s)

@@ -13,7 +13,13 @@ from typing import Any
 from data_pipeline.common.checked_json import read_json
 from megaback.faults.exit_record import read_history
 from megaback.faults.run_records import last_lines
-from megaback.run_folder import HISTORY_NAME, METRICS_NAME, SUBMISSION_NAME, SUBMITTED_FOLDER
+from megaback.run_folder import (
+    BRANCHES_FOLDER,
+    HISTORY_NAME,
+    METRICS_NAME,
+    SUBMISSION_NAME,
+    SUBMITTED_FOLDER,
+)
 from megaback.tracking.metrics import parsed_line
 
 _TAIL_BYTES = 1 << 16
@@ -37,7 +43,10 @@ def is_run(folder: Path) -> bool:
 
 
 def runs_below(folder: Path) -> Iterator[Path]:
-    """The folder, if it is a run; else the runs below it, down to those of an arrow of time."""
+    """The folder, if it is a run; else the runs below it, down to those of an arrow of time.
+
+    Each run is followed by its branches.
+    """
     return _runs_below(folder, _DEPTH, {})
 
 
@@ -52,6 +61,9 @@ def _runs_below(folder: Path, depth: int, seen: dict[tuple[int, int], int]) -> I
     if is_run(folder):
         seen[facts.st_dev, facts.st_ino] = _DEPTH
         yield folder
+        branches = folder / BRANCHES_FOLDER
+        for path in sorted(branches.iterdir()) if branches.is_dir() else ():
+            yield from _runs_below(path, 0, seen)
     elif depth:
         for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path)):
             yield from _runs_below(path, depth - 1, seen)

@@ -1,6 +1,7 @@
 """Run folders as training writes them, for tests of commands that read them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from megaback.run_folder import METRICS_NAME
 from megaback.tracking.metrics import read_metrics
 
 ROW_TOKENS = 2048
+ALL_KEPT = ("weights", "optimizer", "schedule", "data")
 
 
 def add_suites(run: Path, at: dict[int, dict[str, Any]]) -> None:
@@ -54,6 +56,29 @@ def finished_steps(run: Path, steps: int, skipped: int = 5) -> Path:
             lines.append({"step": step, **measured, "val_by_context": by_context})
     (run / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
+
+
+def add_branch(trunk: Path, name: str, at: int, steps: int, kept: Sequence[str] = ALL_KEPT) -> Path:
+    """A finished branch that left a run at a step, with losses of 5.0.
+
+    Its metrics begin with some of the trunk's last lines, as those that training writes.
+    """
+    branch = trunk / "branches" / name
+    branch.mkdir(parents=True)
+    first = at if "schedule" in kept else 0
+    checkpoint = {"path": f"{trunk}/checkpoints/step-{at:08d}", "step": at, "sha256": "0" * 64}
+    total = first + steps
+    record_start(branch, step=first, total_steps=total, branch={**checkpoint, "kept": list(kept)})
+    lines = [line for line in read_metrics(trunk) if at - 3 < line["step"] <= at and "loss" in line]
+    lines = lines if first else []
+    for step in range(first + 1, total + 1):
+        fields = {"step": step, "loss": 5.0, "learning_rate": 0.0, "gradient_norm": 1.0}
+        seen = {"tokens_seen": step * ROW_TOKENS, "tokens_per_s": ROW_TOKENS, "step_s": 1.0}
+        lines.append({**fields, **seen})
+    lines.append({"step": total, "val_loss": 4.5, "val_bits_per_byte": 2.0})
+    (branch / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record_exit(branch, 0, "finished", "trained to the end", 0)
+    return branch
 
 
 def add_directions(run: Path, at: dict[int, tuple[float, float]]) -> None:

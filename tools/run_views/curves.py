@@ -17,8 +17,8 @@ from megaback.faults.exit_record import read_history
 from megaback.faults.run_ownership import config_of_run
 from megaback.run_folder import METRICS_NAME
 from megaback.shown_config import flat_fields
-from megaback.tracking.metrics import read_metrics
 from megaback.yaml_text import read_yaml_file
+from tools.run_views.branch_tree import RunLines, TreeRun, lines_of
 
 Axis = Literal["step", "tokens", "time"]
 Values = npt.NDArray[np.float64]
@@ -44,6 +44,11 @@ class Curve:
             np.add.reduceat(self.places, starts) / counts,
             np.add.reduceat(self.values, starts) / counts,
         )
+
+    def since(self, place: float) -> "Curve":
+        """The points from a place on."""
+        chosen = self.places >= place
+        return Curve(self.places[chosen], self.values[chosen])
 
     def smoothed(self, steps: int) -> "Curve":
         """Moving mean over a window of at most `steps` points that ends at each point."""
@@ -93,30 +98,36 @@ class RunCurves:
     """Places of skipped steps."""
     restarts: Values
     """Places at which the run resumed."""
+    begins: float = 0.0
+    """Place at which a branch left its trunk. Curves of steps have the trunk's points before it,
+    for moving means."""
 
 
-def read_curves(run: Path, axis: Axis, name: str) -> RunCurves:
-    """The curves of a run, which may have no points yet.
+def read_curves(run: Path | TreeRun, axis: Axis, name: str) -> RunCurves:
+    """The curves of a run, which may have no points yet. A branch continues those of its trunk.
 
     Raises CheckpointMissingError if `run` is not a run, CheckpointCorruptError for metrics of
     another version.
     """
+    run = run if isinstance(run, TreeRun) else TreeRun(run)
     try:
-        return _curves(read_metrics(run), read_history(run), axis, name)
+        return _curves(lines_of(run), read_history(run.path), axis, name)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointCorruptError(
-            f"{run / METRICS_NAME} is not of this version of megaback, or damaged ({error}); read "
-            "the run with the version that wrote it"
+            f"{run.path / METRICS_NAME} is not of this version of megaback, or damaged ({error}); "
+            "read the run with the version that wrote it"
         ) from None
 
 
 def _curves(
-    lines: Sequence[Mapping[str, Any]],
+    of_run: RunLines,
     history: Sequence[Mapping[str, Any]],
     axis: Axis,
     name: str,
 ) -> RunCurves:
-    steps = [line for line in lines if "learning_rate" in line]
+    lines = of_run.own
+    own_steps = [line for line in lines if "learning_rate" in line]
+    steps = [*(line for line in of_run.before if "learning_rate" in line), *own_steps]
     numbers = np.array([line["step"] for line in steps], dtype=np.float64)
     scale = {
         "step": numbers,
@@ -147,10 +158,10 @@ def _curves(
 
     suites = [line for line in lines if "suites" in line]
     validations = [line for line in lines if "val_loss" in line]
-    starts = [line["step"] for line in history if line.get("event") == "start"]
+    starts = [line["step"] + of_run.offset for line in history if line.get("event") == "start"]
     return RunCurves(
         name=name,
-        num_steps=len(steps),
+        num_steps=len(own_steps),
         loss=curve("loss", [line for line in steps if "skipped" not in line]),
         val_loss=curve("val_loss", validations),
         val_loss_by_direction={
@@ -163,8 +174,9 @@ def _curves(
         gradient_norm=curve("gradient_norm", steps),
         tokens_per_s=curve("tokens_per_s", steps),
         suites={name: suite(name, suites) for name in suites[-1]["suites"]} if suites else {},
-        skipped=np.array([place_of(line["step"]) for line in steps if "skipped" in line]),
+        skipped=np.array([place_of(line["step"]) for line in own_steps if "skipped" in line]),
         restarts=np.array([place_of(step) for step in starts[1:]]),
+        begins=place_of(of_run.step),
     )
 
 
@@ -189,6 +201,16 @@ def _context_loss(validation: Mapping[str, Any]) -> Curve:
     return Curve(
         np.array(places, dtype=np.float64), np.array(list(known.values()), dtype=np.float64)
     )
+
+
+def names_in_tree(runs: Sequence[TreeRun]) -> list[str]:
+    """Names of runs, and of branches with the name of their trunk before their own."""
+    roots = [run for run in runs if run.trunk is None]
+    names = dict(zip(roots, names_of([run.path for run in roots]), strict=True))
+    for run in runs:
+        if run.trunk is not None:
+            names[run] = f"{names[run.trunk]}/{run.path.name}"
+    return [names[run] for run in runs]
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:

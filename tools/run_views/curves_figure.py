@@ -72,7 +72,7 @@ def curves_figure(runs: Sequence[RunCurves], look: Style) -> "Figure":
             (norm, run.gradient_norm, look.smooth_steps),
             (speed, run.tokens_per_s, look.smooth_steps),
         ):
-            drawn = curve.smoothed(width).thinned()
+            drawn = curve.smoothed(width).since(run.begins).thinned()
             marker = "o" if len(drawn.places) == 1 else None
             axes.plot(drawn.places, drawn.values, style, color=color, linewidth=1.4, marker=marker)
         for axes in (loss, rate, norm, speed):
@@ -142,9 +142,9 @@ def _draw_contexts(axes: "Axes", runs: Sequence[RunCurves]) -> None:
 def _draw_loss(axes: "Axes", run: RunCurves, look: Style, color: str, style: str) -> None:
     """Each step faintly, their mean over a window as a line, validations as rings."""
     if look.smooth_steps > 1:
-        faint = run.loss.thinned()
+        faint = run.loss.since(run.begins).thinned()
         axes.plot(faint.places, faint.values, color=color, linewidth=0.5, alpha=0.25)
-    mean = run.loss.smoothed(look.smooth_steps).thinned()
+    mean = run.loss.smoothed(look.smooth_steps).since(run.begins).thinned()
     marker = "o" if len(mean.places) == 1 else None
     axes.plot(
         mean.places, mean.values, style, color=color, linewidth=1.6, marker=marker, label=run.name

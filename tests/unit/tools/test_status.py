@@ -10,7 +10,14 @@ from click.testing import CliRunner, Result
 from megaback.faults.exit_record import record_exit, record_start
 from megaback.run_folder import METRICS_NAME
 from megaback.tracking.metrics import read_metrics
-from tests.helpers.runs import ROW_TOKENS, add_directions, add_suites, finished_steps, suite_metric
+from tests.helpers.runs import (
+    ROW_TOKENS,
+    add_branch,
+    add_directions,
+    add_suites,
+    finished_steps,
+    suite_metric,
+)
 from tools.status import main as status_command
 
 Steps = Callable[..., Path]
@@ -108,6 +115,31 @@ def test_a_finished_run_has_no_time_left(run_of: Steps) -> None:
     record_exit(run, 0, "finished", "trained to the end", 0)
     assert json.loads(status(run, "--json").output)["left_s"] == 0
     assert "\n  left" not in status(run).output
+
+
+def test_branches_are_a_tree_of_runs(run_of: Steps) -> None:
+    run = run_of("a", 40)
+    branch = add_branch(run, "100", at=20, steps=5)
+    add_branch(branch, "other", at=25, steps=4, kept=["weights"])
+    add_branch(run, "200", at=30, steps=10)
+
+    lines = status(run).output.splitlines()
+
+    at = lines.index("branches")
+    assert lines[at + 1 : at + 6] == [
+        "  a: dead, step 40 of 100, val loss 8.0000",
+        "  ├─ 100 from step 20: finished, step 25 of 25, val loss 4.5000",
+        "  │  └─ other from step 25: finished, step 4 of 4, val loss 4.5000",
+        "  └─ 200 from step 30: finished, step 40 of 40, val loss 4.5000",
+        "history",
+    ]
+    first, second = json.loads(status(run, "--json").output)["branches"]
+    assert first["departure"]["step"] == 20
+    assert first["branches"][0]["health"]["state"] == "finished"
+    assert second["branches"] == []
+    alone = status(branch).output
+    assert f"branch     of {run}/checkpoints/step-00000020, step 20" in alone
+    assert "  └─ other from step 25" in alone
 
 
 @pytest.mark.parametrize(
