@@ -83,6 +83,7 @@ def _run_masked(benchmark: click.Command, script: Path, words: list[str], folder
         os.close(reading)
         # Compiling kernels takes minutes; torch.compile is still called.
         os.environ |= {"TMPDIR": str(folder), "TORCHDYNAMO_DISABLE": "1"}
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         tempfile.tempdir = None
         sys.argv = [str(script), *words]

@@ -137,17 +137,21 @@ class Folder:
         if (read_exit(path) or {}).get("code") == 0:
             return None
         training = load_config(self.config, self._length).training.model_dump()
-        length = self._length
+        length: tuple[str, ...] = ()
         if direction == BOTH:
             length = tuple(
                 f"training.{key}={2 * training[key]}"
                 for key in ("steps", "epochs")
                 if training[key] is not None
             )
+        return self.train(path, shards, f"data.direction={direction}", *length, seed=seed)
+
+    def train(self, path: Path, shards: Path, *overrides: str, seed: int) -> float:
+        """Train a run, or resume it; returns its CPU seconds."""
         before = cpu_s_of_children()
         run(
             *("train", str(self.config), f"run={path}", f"data.shards={shards}"),
-            *(f"data.direction={direction}", f"training.seed={seed}", *length),
+            *(f"training.seed={seed}", *self._length, *overrides),
         )
         return round(cpu_s_of_children() - before, 1)
 

@@ -165,9 +165,9 @@ def open_document_index(data_set: DataSet, split: str, context_tokens: int) -> D
         )
     identity = [manifest.fingerprint, split, context_tokens, _SIGNATURE.hex()]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    folder = _cache_folder()
+    path = folder / f"{name}.index"
     try:
-        folder = _cache_folder()
-        path = folder / f"{name}.index"
         index = _read(path)
         if index is None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -180,21 +180,26 @@ def open_document_index(data_set: DataSet, split: str, context_tokens: int) -> D
                     with replacing(path) as file:
                         _write(file, data_set, data_set.manifest.split(split), context_tokens)
                     index = _read(path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        reason = error.strerror if isinstance(error, OSError) else error
+    except OSError as error:
         raise StorageError(
-            f"the index of document rows of {data_set.name} cannot be kept in "
-            f"~/.cache/megaback ({reason}); set XDG_CACHE_HOME to a folder that can be written"
+            f"the index of document rows of {data_set.name} cannot be kept in {folder} "
+            f"({error.strerror}); set XDG_CACHE_HOME to a folder that can be written"
         ) from None
     assert index is not None
     return index
 
 
 def _cache_folder() -> Path:
-    """Folder of the indexes. Raises RuntimeError without a home folder."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
+    """Folder of the indexes. Raises StorageError for a user without a home folder."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     # Relative paths are ignored, as the XDG Base Directory Specification demands.
-    base = Path(given) if Path(given).is_absolute() else Path.home() / ".cache"
+    try:
+        base = given if given.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:
+        raise StorageError(
+            "the index of document rows is kept in ~/.cache/megaback, and this user has no home "
+            "folder; set XDG_CACHE_HOME to a folder that can be written"
+        ) from None
     return base / "megaback" / "document-rows"
 
 

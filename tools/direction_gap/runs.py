@@ -208,6 +208,8 @@ def _facts(meta: "CheckpointMeta", other: "CheckpointMeta") -> Iterator[tuple[st
     for section in _TRAINED_SECTIONS:
         for key, value in meta.config[section].items():
             yield f"{section}.{key}", value, other.config[section][key]
+    rows = (one.config["data"].get("rows", "stream") for one in (meta, other))
+    yield "data.rows", *rows
     for key in ("lanes", "window_frames"):
         yield f"data.{key}", meta.config["data"][key], other.config["data"][key]
 
