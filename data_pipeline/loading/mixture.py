@@ -9,6 +9,7 @@ per data set, which begins where rounding in earlier spans has left it, so that 
 up. Memory is a few numbers per data set and change, whatever the number of rows.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -75,12 +76,12 @@ class Mixture:
 
     def shares_at(self, row: int) -> list[float]:
         """Shares at a row of the mixture."""
-        span = int(self._span_of(np.array(row)))
+        span = bisect_right(self._first_row.tolist(), row) - 1
         return [int(part) / int(self._of[span, 0]) for part in self._parts[span]]
 
     def counts(self, num_rows: int) -> list[int]:
         """Number of rows of each data set among the first `num_rows` of the mixture."""
-        span = int(self._span_of(np.array(num_rows)))
+        span = bisect_right(self._first_row.tolist(), num_rows) - 1
         tables = (self._parts[span], self._of[span], self._phase[span])
         dealt = _counts(num_rows - int(self._first_row[span]), *(one.tolist() for one in tables))
         return [int(a) + b for a, b in zip(self._before[span], dealt, strict=True)]

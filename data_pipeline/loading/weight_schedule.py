@@ -12,9 +12,10 @@ from math import inf
 
 import numpy as np
 
-from data_pipeline.loading.mixture import NEVER, Change, Mixture
+from data_pipeline.loading.mixture import Change, Mixture
 
 STAIRS = 256
+MAX_ROW = 1 << 62
 _ROWS_OF_MEAN = 1 << 40
 
 
@@ -94,7 +95,11 @@ def changes_of(weights: Sequence[Weight], row_of: Callable[[float], int]) -> lis
                 found[first + rows * stair // stairs] = tuple(one.after(middle) for one in weights)
         else:
             found[first] = tuple(one.after(begin) for one in weights)
-    return [Change(row, values) for row, values in found.items() if any(values)]
+    return [
+        Change(row, values)
+        for row, values in found.items()
+        if any(values) and row <= MAX_ROW  # later ones are never reached
+    ]
 
 
 def peak_shares(weights: Sequence[Weight]) -> list[float]:
@@ -117,21 +122,21 @@ def mean_shares(weights: Sequence[Weight]) -> list[float]:
     return [count / _ROWS_OF_MEAN for count in counts]
 
 
-def limited(changes: Sequence[Change], limits: Sequence[Limit | None]) -> Limited:
+def limited(changes: Sequence[Change], limits: Sequence[Limit | None], num_rows: int) -> Limited:
     """The mixture of `changes`, of which each data set takes part until it has reached its limit.
 
     Its weight is 0 from then on. The end is where a limit ends the run, or no data set is left.
+    Limits that the first `num_rows` rows do not reach are ignored.
     """
     dropped: dict[int, int] = {}
     end: tuple[int, int] | None = None
     while True:
         mixture = Mixture(changes[0].weights, changes[1:])
+        counts = mixture.counts(num_rows if end is None else end[0])
         reached = [
-            (row, number)
+            (int(mixture.number_of(number, np.array(limit.rows))), number)
             for number, limit in enumerate(limits)
-            if limit is not None and number not in dropped
-            for row in [int(mixture.number_of(number, np.array(limit.rows)))]
-            if row != NEVER and (end is None or row < end[0])
+            if limit is not None and number not in dropped and counts[number] > limit.rows
         ]
         if not reached:
             return Limited(mixture, dropped, end)

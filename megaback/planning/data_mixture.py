@@ -91,6 +91,7 @@ def plan_mixture(
     found = limited(
         changes_of(section.weights, row_of),
         [_limit(part, rows) for part, rows in zip(section.shards, rows_per_epoch, strict=True)],
+        all_rows,
     )
     total_steps, end_reason = steps, None
     if found.end is not None and found.end[0] < all_rows:

@@ -71,7 +71,7 @@ def test_a_time_without_data_is_found() -> None:
 
 
 def test_a_dropped_data_set_leaves_its_rows_to_the_others() -> None:
-    found = limited([Change(0, (1, 1, 2))], [Limit(100, ends_run=False), None, None])
+    found = limited([Change(0, (1, 1, 2))], [Limit(100, ends_run=False), None, None], 4000)
     counts = found.mixture.counts(4000)
     assert (counts[0], found.end) == (100, None)
     row = found.dropped[0]
@@ -84,7 +84,8 @@ def test_a_dropped_data_set_leaves_its_rows_to_the_others() -> None:
 
 
 def test_a_limit_that_ends_the_run_is_the_last_row() -> None:
-    found = limited([Change(0, (1, 1))], [Limit(100, ends_run=True), Limit(500, ends_run=False)])
+    limits = [Limit(100, ends_run=True), Limit(500, ends_run=False)]
+    found = limited([Change(0, (1, 1))], limits, NUM_ROWS)
     assert found.end is not None
     end, data_set = found.end
     assert data_set == 0
@@ -94,9 +95,16 @@ def test_a_limit_that_ends_the_run_is_the_last_row() -> None:
 
 def test_the_run_ends_when_every_data_set_is_dropped_or_not_yet_begun() -> None:
     limits = [Limit(30, ends_run=False), Limit(50, ends_run=False), None]
-    found = limited([Change(0, (1, 1, 0)), Change(1000, (1, 1, 1))], limits)
+    found = limited([Change(0, (1, 1, 0)), Change(1000, (1, 1, 1))], limits, NUM_ROWS)
     assert found.end == (80, 1)
     assert found.mixture.counts(80) == [30, 50, 0]
+
+
+def test_a_limit_that_is_not_reached_changes_nothing() -> None:
+    far = [Limit(10**15, ends_run=True), Limit(101, ends_run=True)]
+    found = limited([Change(0, (1e-9, 1))], [far[0], None], 10**12)
+    assert (found.dropped, found.end) == ({}, None)
+    assert limited([Change(0, (1, 1))], [None, far[1]], 202).end is None
 
 
 @settings(max_examples=40, deadline=None)
@@ -110,8 +118,9 @@ def test_no_data_set_exceeds_its_limit_and_none_is_dropped_before(data: st.DataO
     changes = [Change(row, tuple(data.draw(values))) for row in [0, *rows]]
     limit = st.none() | st.builds(Limit, st.integers(1, 300), st.booleans())
     limits = [data.draw(limit) for _ in range(num_data_sets)]
-    found = limited(changes, limits)
-    stop = NUM_ROWS if found.end is None else min(NUM_ROWS, found.end[0])
+    found = limited(changes, limits, NUM_ROWS)
+    stop = NUM_ROWS if found.end is None else found.end[0]
+    assert stop <= NUM_ROWS
     counts = found.mixture.counts(stop)
     assert sum(counts) == stop
     for number, (count, of_data_set) in enumerate(zip(counts, limits, strict=True)):

@@ -87,6 +87,12 @@ def test_a_single_data_set_ends_the_run_when_it_is_dropped() -> None:
     assert found.end_reason == "web has been read 1.5 times (max_epochs)"
 
 
+def test_a_run_of_more_rows_than_there_are_numbers_is_planned() -> None:
+    found = planned({"weight": {0: 3, 0.5: 1}}, {"max_epochs": 1e6}, {"steps": (1 << 63) - 1})
+    assert found.uses[1].epochs == 1e6
+    assert found.mixture.counts(400) == [300, 100]
+
+
 def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(ConfigError, match="within the first step, of 10 rows; raise max_epochs"):
         planned({"max_epochs": 1e-4, "after_max_epochs": "stop"}, {}, {"steps": 4})
