@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_pipeline.errors import NonFiniteError
+from megaback.faults.exit_record import START_EVENT, read_history
 from megaback.faults.run_state import assess_run
-from megaback.run_folder import HISTORY_NAME
 from megaback.scoring.paired_difference import standard_error_of_mean
 from tools.status import status_of
 from tools.sweeps.axes import SEED_KEY
@@ -161,7 +161,7 @@ def result_of(record: Record, out: Path, known: SweepResult | None = None) -> Sw
 
 def run_result(run: Path, values: Mapping[str, Any], now: float, stops_early: bool) -> RunResult:
     """State and loss of a run from its folder. `stops_early`: its lowest val loss counts."""
-    if not (run / HISTORY_NAME).is_file():
+    if not any(line.get("event") == START_EVENT for line in read_history(run)):
         return RunResult(name=run.name, values=dict(values))
     status = status_of(run, now)
     state, code = status.health.state, assess_run(run, (), now).code

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megaback.faults.exit_record import record_event
 from tests.helpers.sweeps import write_run
 from tools.sweeps.record import Record
 from tools.sweeps.result import SweepResult, result_of
@@ -96,3 +97,12 @@ def test_without_a_val_set_the_training_loss_counts(tmp_path: Path) -> None:
     result = sweep(tmp_path, {(0.1, 0): ()})
 
     assert (result.kind, result.settings[0].loss) == ("training", 5.0)
+
+
+def test_a_job_that_has_not_started_its_ranks_is_no_dead_run(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    record_event(tmp_path / "a", "job", step=0)
+
+    (run,) = result_of(Record((RATE,), {}, {"a": {RATE: 1.0}}), tmp_path).runs
+
+    assert run.state == "not started"
