@@ -153,12 +153,13 @@ def test_instruction_examples_have_labels_where_ours_have_targets(instruct_shard
     assert 0 < (found["shift_labels"] != -100).mean() < 0.5
 
 
+@pytest.mark.parametrize("rows", ["stream", "documents"])
 def test_mixtures_and_urls_have_the_rows_of_our_own_loader(
-    tiny_shards: Path, server: FileServer
+    tiny_shards: Path, server: FileServer, rows: Any
 ) -> None:
     shards: Shards = {str(tiny_shards): 1.0, publish(server, tiny_shards): 2.0}
-    dataset = opened(shards, epochs=0.4)
-    expected = own_batches(shards, range(dataset.steps_per_epoch))
+    dataset = opened(shards, epochs=0.4, rows=rows)
+    expected = own_batches(shards, range(dataset.steps_per_epoch), rows=rows)
     assert_same(together(iter(loaded(dataset, 2))), expected)
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import ShardCorruptError, StorageError
+from data_pipeline.loading import document_index
+from data_pipeline.loading.best_fit import Group
 from data_pipeline.loading.document_index import DocumentIndex, open_document_index
 from data_pipeline.shards.data_set import DataSet
 from tests.helpers.batches import data_set, some_shards
@@ -49,6 +51,21 @@ def test_an_index_is_made_once_by_one_of_several_threads_and_then_read(
     file_of(folder).unlink()
     open_document_index(shards, "train", 16)
     assert file_of(folder).read_bytes() == data
+
+
+def test_an_interrupted_index_leaves_no_file_and_is_made_by_the_next_start(
+    shards: DataSet, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> Iterator[Group]:
+        yield Group(np.array([5]), np.array([0]))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(document_index, "_even_groups", lambda *_: (1, interrupted()))
+        with pytest.raises(KeyboardInterrupt):
+            open_document_index(shards, "train", 16)
+    assert {path.suffix for path in folder.iterdir()} == {".lock"}
+    assert open_document_index(shards, "train", 16).totals.documents == 8
 
 
 def test_the_group_and_row_of_every_token_are_found(shards: DataSet, folder: Path) -> None:
