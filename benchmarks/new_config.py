@@ -65,7 +65,7 @@ def steps_within(config: Config, vocab_size: int, rows: int, seconds: float) -> 
 
 def train(path: Path, config: Path, rate: float, rows: int, steps: int) -> dict[str, Any]:
     """Train one setting, unless it has been trained; its val loss and CPU time."""
-    result = path.with_suffix(".json")
+    result = path.with_name(f"{path.name}.json")
     if result.exists():
         return dict(json.loads(result.read_text(encoding="utf-8")))
     before = cpu_s_of_children()

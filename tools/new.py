@@ -1,6 +1,7 @@
 """`megaback new`: writes the config of a run for a size, a time or a number of FLOPs."""
 
 import shlex
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,18 +73,18 @@ def _require_one_budget(
         raise ConfigError("give `parameters`, `minutes` or `flops`")
 
 
-def _gpu_flops(cluster: Cluster, mfu: float) -> float:
-    """FLOP/s of all devices at an MFU."""
+def _gpu_flops(cluster: Cluster, mfu: float) -> float | None:
+    """FLOP/s of all devices at an MFU; None for a CPU."""
     device = cluster.device
     peak = device.peak_flops("fp32" if device.bf16_flops is None else "bf16")
-    assert peak is not None  # of every device with a name
-    return cluster.ranks * peak * mfu
+    return None if peak is None else cluster.ranks * peak * mfu
 
 
 def _measured(budget: Budget, data: DataSummary, cluster: Cluster) -> Budget:
     """The budget with the rate of a CPU, measured on the model that it suffices for.
 
-    A model is chosen by a guess, measured, chosen again by its rate, and measured once more.
+    A model is chosen by a guess, measured, chosen again by its rate, and measured once more. Raises
+    NotEnoughMemoryError before a model is made that does not fit.
     """
     from megaback.profiling.cpu_rate import measured_flops
 
@@ -91,6 +92,8 @@ def _measured(budget: Budget, data: DataSummary, cluster: Cluster) -> Budget:
     click.echo("measuring this machine's rate of training steps", err=True)
     flops = _FIRST_GUESS_FLOPS * cluster.ranks
     for _ in range(2):
+        with suppress(ConfigError):  # the guess may be too small, but not the memory
+            new_config(budget.at_rate(flops), data, cluster, "runs/new")
         run = sized_run(budget.at_rate(flops), data)
         rows = max(round(run.batch_tokens / run.context_tokens / cluster.ranks), 1)
         flops = cluster.ranks * measured_flops(
@@ -117,12 +120,13 @@ def _estimate(made: NewConfig, cluster: Cluster, budget: Budget, mfu: float) -> 
         f"{plan.size.total:,} parameters, {tokens:,.0f} tokens, {flops:.3g} FLOPs, "
         f"{plan.memory.parts.total / 1e9:.1f} of {cluster.device.memory_bytes / 1e9:.1f} GB"
     ]
-    if budget.sustained_flops is not None and cluster.device.is_cpu:
-        lines.append(f"{budget.sustained_flops / 1e9:.1f} GFLOP/s measured or given")
-    elif plan.duration is not None and plan.duration.days is not None:
-        minutes = plan.duration.days * 1440
+    assumed = _gpu_flops(cluster, mfu)
+    rate = budget.sustained_flops or assumed
+    if rate is not None:
+        minutes = flops / rate / 60
         shown = f"{minutes:,.1f} minutes" if minutes < 120 else f"{minutes / 60:,.1f} hours"
-        lines.append(f"{shown} of training steps at an MFU of {mfu:.0%}, which is assumed")
+        source = f", which assumes an MFU of {mfu:.0%}" if rate == assumed else ""
+        lines.append(f"{shown} of training steps at {rate:.3g} FLOP/s{source}")
     return lines
 
 
@@ -247,7 +251,9 @@ def _timed(
         return budget.at_rate(cluster.ranks * device_flops)
     if cluster.device.is_cpu:
         return _measured(budget, data, cluster)
-    return budget.at_rate(_gpu_flops(cluster, mfu))
+    rate = _gpu_flops(cluster, mfu)
+    assert rate is not None  # of every GPU with a name
+    return budget.at_rate(rate)
 
 
 def _words() -> list[str]:

@@ -79,12 +79,6 @@ def new_config(budget: Budget, data: DataSummary, cluster: Cluster, run_folder: 
     """
     run = sized_run(budget, data)
     rows, steps = _rows_and_steps(run, cluster.ranks)
-    if steps < rules.MIN_STEPS:
-        raise ConfigError(
-            f"this budget suffices for {steps} steps of {rows * run.context_tokens:,} tokens, and "
-            f"training needs at least {rules.MIN_STEPS}; give a larger one"
-            + (", or more text" if run.is_capped else "")
-        )
     facts = RunFacts(
         vocab_size=data.vocab_size,
         attended_tokens=data.attended_tokens(run.context_tokens),
@@ -103,13 +97,19 @@ def new_config(budget: Budget, data: DataSummary, cluster: Cluster, run_folder: 
         *_interval_choices(run, data, steps),
     ]
     choices = _fitted(choices, facts, cluster)
+    if steps < rules.MIN_STEPS:
+        raise ConfigError(
+            f"this budget suffices for {steps} steps of {rows * run.context_tokens:,} tokens, and "
+            f"training needs at least {rules.MIN_STEPS}; give a larger one"
+            + (", or more text" if run.is_capped else "")
+        )
     return NewConfig(
         config=_config(choices),
         choices=tuple(choices),
         data=data,
         run=run,
         facts=facts,
-        notes=tuple(_notes(run, budget, data, rows, cluster.ranks)),
+        notes=tuple(_notes(run, data, rows, cluster.ranks)),
     )
 
 
@@ -214,7 +214,7 @@ def _training_choices(
         reason += " (nanochat, with Muon; Chinchilla: 20 of all)"
     if data.train_tokens is not None and not run.is_capped:
         reason += f"; {run.tokens / data.train_tokens:.2g} epochs"
-    yield Choice("training.steps", steps, reason)
+    yield Choice("training.steps", max(steps, 1), reason)
     is_bf16 = _is_bf16(cluster)
     yield Choice(
         "training.precision",
@@ -300,9 +300,7 @@ def _with_memory(choices: list[Choice], rows: int, saving: _Saving) -> list[Choi
     return changed
 
 
-def _notes(
-    run: SizedRun, budget: Budget, data: DataSummary, rows: int, ranks: int
-) -> Iterator[str]:
+def _notes(run: SizedRun, data: DataSummary, rows: int, ranks: int) -> Iterator[str]:
     if data.data_set is None:
         yield (
             f"{data.shards} is a placeholder: set data.shards, and build the shards with a "
@@ -325,5 +323,3 @@ def _notes(
             f"{ranks} ranks need a larger batch than this run can use: {enough} would train as "
             "well on as many tokens"
         )
-    if budget.seconds is not None and budget.sustained_flops is not None:
-        yield f"the time assumes {budget.sustained_flops:.3g} FLOP/s while training"

@@ -14,6 +14,8 @@ from megaback.planning.flops import flops_per_token
 from megaback.planning.scaling_rules import muon_flops
 
 _MAX_TOKENS = 4_096
+_MAX_FLOPS = 2e11
+"""FLOPs of a measured step: some seconds on a core."""
 _MIN_STEPS = 2
 _MAX_STEPS = 20
 _DURATION_S = 3.0
@@ -29,12 +31,16 @@ def measured_flops(
 ) -> float:
     """FLOP/s of steps in fp32 with random tokens: of the model, and of Muon's matrix products.
 
-    Rows are single documents. Larger batches are measured by a part of their rows. Sets the number
-    of PyTorch's threads. `clock`: in seconds.
+    Rows are single documents. Of large batches and models, a part of the rows and tokens is
+    measured, and of models whose update alone would take long, no update. Sets the number of
+    PyTorch's threads. `clock`: in seconds.
     """
     torch.set_num_threads(threads)
-    rows = max(min(batch_rows, _MAX_TOKENS // context_tokens), 1)
+    flops = flops_per_token(shape, vocab_size, (context_tokens + 1) / 2)
+    context_tokens = min(context_tokens, max(int(_MAX_FLOPS / flops), 2))
+    rows = max(min(batch_rows, min(_MAX_TOKENS, int(_MAX_FLOPS / flops)) // context_tokens), 1)
     tokens = rows * context_tokens
+    does_update = muon_flops(shape) <= _MAX_FLOPS
     model = ReverseGPT(shape, vocab_size)
     model.initialize(0)
     section = OptimizerSection(name="muon", learning_rate=1e-3)
@@ -47,7 +53,8 @@ def measured_flops(
     def step_s() -> float:
         start = clock()
         model(ids_T, ids_T, positions_T, segments).mean().backward()
-        optimizer.step()
+        if does_update:
+            optimizer.step()
         optimizer.zero_grad()
         return clock() - start
 
@@ -57,5 +64,7 @@ def measured_flops(
         sum(durations) < _DURATION_S and len(durations) < _MAX_STEPS
     ):
         durations.append(step_s())
-    flops = flops_per_token(shape, vocab_size, (context_tokens + 1) / 2)
-    return (tokens * flops + muon_flops(shape)) / median(durations)
+    step_flops = tokens * flops_per_token(shape, vocab_size, (context_tokens + 1) / 2)
+    if does_update:
+        step_flops += muon_flops(shape)
+    return step_flops / median(durations)

@@ -63,7 +63,7 @@ def test_the_time_of_a_gpu_is_by_its_mfu() -> None:
         assert new(*words, "--mfu", mfu, out=f"{mfu}.yaml").exit_code == 0
     slow, fast = (load_config(Path(f"{mfu}.yaml")) for mfu in ("0.2", "0.4"))
     assert slow.model.width < fast.model.width
-    assert "at an MFU of 40%, which is assumed" in Path("0.4.yaml").read_text()
+    assert "which assumes an MFU of 40%" in Path("0.4.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,7 @@ def test_the_time_of_a_gpu_is_by_its_mfu() -> None:
         (["--minutes", "0.2"], "20 s to start"),
         (["--flops", "1e8"], "suffices for"),
         (["--parameters", "7B", "--memory-gb", "8"], "does not fit"),
+        (["--parameters", "7B", "--memory-gb", "8", "--minutes", "9"], "does not fit"),
         (["--parameters", "1M", "--device-name", "h10"], "did you mean h100"),
         (["--parameters", "1M", "--shards", "nowhere"], "nowhere"),
     ],
