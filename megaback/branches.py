@@ -38,6 +38,7 @@ _MAX_META_BYTES = 1 << 24
 _ORDER_KEYS = (
     "batch.context_tokens",
     "data.rows",
+    "data.rows",
     "data.lanes",
     "data.window_frames",
     "data.forward_share",

@@ -387,7 +387,7 @@ def _stream(
     order_rows = batch_rows if branch is None else branch.order_rows
     lanes = section.lanes or choose_lanes(table.num_frames, order_rows)
     if branch is not None and batch_rows != order_rows:
-        require_whole_lanes(branch, batch_rows, lanes, is_mixture=share < 1.0)
+        require_whole_lanes(branch, batch_rows, lanes, is_mixture=len(section.shards) > 1)
     missing_rows = 0
     if branch is not None:
         missing_rows = (whole_steps(branch, batch) * batch_rows - branch.rows) // lanes

@@ -105,6 +105,25 @@ def test_another_batch_of_a_mixture_is_refused_and_the_same_continues(
         open_data(config_with(mixed, 16), 0, 1, point)
 
 
+def test_another_batch_of_a_mixture_with_changing_weights_is_refused(
+    leave: Leave, tiny_shards: Path
+) -> None:
+    """Each data set has all rows for a while."""
+    one, other = (
+        {"path": str(tiny_shards), "weight": part} for part in ({0: 1, 9: 0}, {0: 0, 9: 1})
+    )
+    section = {"shards": [one, other], "weight_positions": "tokens"}
+    batch = {"context_tokens": 64, "global_batch_rows": 8, "micro_batch_rows": 8}
+    config = run_config(Path("run"), data=section, batch=batch)
+    point = replace(leave(), data_fingerprint=open_data(config, 0, 1).fingerprint)
+
+    wide = config.model_copy(
+        update={"batch": config.batch.model_copy(update={"global_batch_rows": 16})}
+    )
+    with pytest.raises(BatchError, match="mixture in batches of 8 rows"):
+        open_data(wide, 0, 1, point)
+
+
 def test_other_shards_are_refused_unless_the_data_restart(leave: Leave, tiny_shards: Path) -> None:
     other = replace(leave(), data_fingerprint="f" * 64)
     restarted = replace(other, rows=0, kept=("weights", "optimizer", "schedule"))

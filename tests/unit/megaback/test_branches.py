@@ -128,6 +128,10 @@ REFUSED = [
         ["training.seed = 0", "keep=[weights, optimizer, schedule]"],
     ),
     (
+        {"data": {"shards": "shards", "rows": "documents"}},
+        ["data.rows = stream", "keep=[weights, optimizer, schedule]"],
+    ),
+    (
         {"data": {"shards": "shards", "window_frames": 4}},
         ["data.window_frames = 8", "keep=[weights, optimizer, schedule]"],
     ),
