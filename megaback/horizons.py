@@ -21,6 +21,7 @@ from megaback.run_folder import (
     newest_checkpoint_step,
     step_name,
 )
+from megaback.yaml_text import apply_override
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,21 @@ def branch_overrides(config: Config, horizon: Horizon) -> tuple[str, ...]:
         override("optimizer.decay_at", None),
         override("training.steps", horizon.steps),
     ]
+    if config.init_from is not None:
+        overrides.append(override("init_from", None))
     copy_to = config.checkpoint.copy_to
     if copy_to is not None:
         place = f"{copy_to.rstrip('/')}/{config.run.resolve().name}-{BRANCHES_FOLDER}"
         overrides.append(override("checkpoint.copy_to", place))
     return tuple(overrides)
+
+
+def branch_config(trunk: Config, horizon: Horizon) -> Config:
+    """The config of a horizon's branch, also before its trunk has a checkpoint."""
+    fields = trunk.model_dump(mode="json")
+    for one in branch_overrides(trunk, horizon):
+        apply_override(fields, one)
+    return Config.model_validate(fields)
 
 
 def require_branch_points(config: Config) -> None:

@@ -18,6 +18,7 @@ from data_pipeline.common.atomic import write_text
 from data_pipeline.redaction import scrub
 from megaback.config import Config
 from megaback.run_folder import (
+    BRANCHES_FOLDER,
     CHANGES_NAME,
     CONFIG_COPY_NAME,
     LOGS_FOLDER,
@@ -69,7 +70,8 @@ def remove_snapshot(folder: Path) -> None:
     """Remove the snapshot of a failed submission, and folders that are then empty."""
     shutil.rmtree(folder, ignore_errors=True)
     run = folder.parents[1]
-    for empty in (folder.parent, run / LOGS_FOLDER, run):
+    of_branches = [run.parent] if run.parent.name == BRANCHES_FOLDER else []
+    for empty in (folder.parent, run / LOGS_FOLDER, run, *of_branches):
         try:
             empty.rmdir()
         except OSError:  # it has other files

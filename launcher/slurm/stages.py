@@ -32,7 +32,7 @@ from megaback.branches import find_branch_point
 from megaback.config import Config, split_batch
 from megaback.data import open_data
 from megaback.horizons import require_branch_points
-from megaback.run_folder import LOGS_FOLDER, holds_weights
+from megaback.run_folder import BRANCHES_FOLDER, LOGS_FOLDER, holds_weights
 
 STAGES = ("data", "train", "convert")
 ENVIRONMENT_VARIABLE = "MEGABACK_ENV"
@@ -260,7 +260,10 @@ def _common(
     config: Config, stage: str, number: str, resources: Resources, partition: str | None
 ) -> list[str]:
     folder = str(config.run.absolute() / LOGS_FOLDER).replace("%", "%%")
-    options = [f"--job-name={config.run.name}-{stage}", f"--output={folder}/{stage}-{number}.out"]
+    name, above = config.run.name, config.run.parent
+    if above.name == BRANCHES_FOLDER:
+        name = f"{above.parent.name}-{name}"
+    options = [f"--job-name={name}-{stage}", f"--output={folder}/{stage}-{number}.out"]
     if partition is not None:
         options.append(f"--partition={partition}")
     if resources.account is not None:

@@ -8,28 +8,20 @@ their #SBATCH lines on sbatch's command line.
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from data_pipeline.common.command import WorkCommand, examples
-from data_pipeline.common.interrupts import signals_deferred
 from data_pipeline.common.next_command import command, show_next
 from data_pipeline.common.number_ranges import MANY, SOURCE_WEIGHT
 from data_pipeline.common.source_type import SOURCE
 from data_pipeline.errors import ConfigError, LaunchError
-from launcher.slurm.commands import (
-    Submission,
-    cancel,
-    find_job,
-    is_unreachable,
-    queue,
-    run_sbatch,
-)
+from launcher.slurm.branch_jobs import RunJobs, after, branch_jobs, queue_tree
+from launcher.slurm.commands import Submission, find_job, is_unreachable, run_sbatch
 from launcher.slurm.job_request import JobRequest, job_options
 from launcher.slurm.sbatch_files import SHARED_FILES, require_file, sbatch_value
-from launcher.slurm.snapshot import new_folder, record_jobs, remove_snapshot, write_snapshot
+from launcher.slurm.snapshot import new_folder
 from launcher.slurm.stages import (
     Allocation,
     check_model_folder,
@@ -59,37 +51,6 @@ def require_no_job(run: Path) -> None:
                 f"{run} already has job {job} ({stage}, {found.state.lower()}); wait for it, "
                 f"cancel it with `scancel {job}`, or submit anyway with --force"
             )
-
-
-def queue_all(
-    config: Config, folder: Path, submissions: Sequence[Submission], files: Sequence[Path]
-) -> list[str]:
-    """Make the snapshot and queue the jobs, each after the one before. Returns their ids.
-
-    Raises LaunchError, and then leaves no job and no snapshot behind.
-    """
-    fields = write_snapshot(folder, config, files)
-    jobs: list[str] = []
-    recorded: list[dict[str, str]] = []
-    try:
-        for submission in submissions:
-            linked = after(submission, jobs[-1]) if jobs else submission
-            with signals_deferred():  # so that a queued job's id is known
-                jobs.append(queue(linked))
-            recorded.append({"stage": linked.stage, "job": jobs[-1], "line": linked.line})
-            record_jobs(folder, fields, recorded)
-    except BaseException:
-        for job in jobs:
-            cancel(job)
-        remove_snapshot(folder)
-        raise
-    return jobs
-
-
-def after(submission: Submission, job: str) -> Submission:
-    """A submission that starts after another job has succeeded, and is canceled if that fails."""
-    link = (f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
-    return replace(submission, options=(*submission.options, *link))
 
 
 @click.command(
@@ -164,7 +125,8 @@ def main(
     """Queue the run that CONFIG describes, with key.sub=value OVERRIDES, on a Slurm cluster.
 
     --chain data,train,convert queues all jobs from text to model: shards are built in
-    data.shards, and each job starts when the previous one has finished.
+    data.shards, and each job starts when the previous one has finished. With optimizer.decay_at,
+    the branch of each horizon has jobs of its own, which follow the training job.
     """
     settings = load_config(config, overrides)
     stages = parse_chain(chain)
@@ -180,36 +142,39 @@ def main(
         require_no_job(settings.run)
 
     snapshot = new_folder(settings.run)
-    submissions = {
-        "train": train_stage(
-            settings,
-            paths["train"],
-            snapshot / CONFIG_COPY_NAME,
-            allocation,
-            resources,
-            request.max_requeues,
-        )
-    }
-    if "convert" in stages:
-        submissions["convert"] = convert_stage(
-            settings, paths["convert"], check_model_folder(out), resources
-        )
+
+    def of_run(config: Config, folder: Path, model: Path | None) -> dict[str, Submission]:
+        """The jobs that train a run and convert it, by stage."""
+        file, copy = request.file_of(config), folder / CONFIG_COPY_NAME
+        limit = request.max_requeues
+        jobs = {"train": train_stage(config, file, copy, allocation, resources, limit)}
+        if "convert" in stages:
+            model = check_model_folder(model)
+            jobs["convert"] = convert_stage(config, paths["convert"], model, resources)
+        return jobs
+
+    def of_branch(config: Config, folder: Path, name: str) -> list[Submission]:
+        model = None if out is None else out.with_name(f"{out.name}-{name}")
+        return list(of_run(config, folder, model).values())
+
+    submissions = of_run(settings, snapshot, out)
+    branches = branch_jobs(settings, of_branch)
+    if not force:
+        for branch in branches:
+            require_no_job(branch.config.run)
     unasked = try_out(list(submissions.values()), may_be_away=dry_run)
     if "data" in stages:
         cpus = int(sbatch_value(paths["data"], "cpus-per-task") or 1)
         plan = plan_data(settings, sources, weights, tokenizer, tasks, cpus, dry_run)
         submissions["data"] = data_stage(settings, paths["data"], plan, resources)
         unasked = unasked or try_out([submissions["data"]], may_be_away=dry_run)
-    # The job runs the copy in the snapshot, with the shared files beside it.
-    queued = [
-        replace(submissions[stage], file=str(snapshot / paths[stage].name)) for stage in stages
-    ]
+    trunk = RunJobs(settings, snapshot, tuple(submissions[stage] for stage in stages))
     click.echo(f"# {room}" if dry_run else room)
     if dry_run:
-        return _show(queued, list(paths.values()), unasked)
-    copied = [*paths.values(), *(request.folder / name for name in SHARED_FILES)]
-    jobs = queue_all(settings, snapshot, queued, copied)
-    return _report(settings, allocation, dict(zip(stages, jobs, strict=True)), snapshot)
+        return _show(trunk, branches, unasked)
+    shared = [request.folder / name for name in SHARED_FILES]
+    jobs = queue_tree(trunk, branches, shared)
+    return _report(trunk, branches, allocation, jobs)
 
 
 def try_out(submissions: Sequence[Submission], *, may_be_away: bool) -> str:
@@ -234,32 +199,47 @@ def _require_used(stages: Sequence[str], stage: str, **given: object) -> None:
             )
 
 
-def _show(submissions: Sequence[Submission], paths: Sequence[Path], unasked: str) -> None:
+def _show(trunk: RunJobs, branches: Sequence[RunJobs], unasked: str) -> None:
     verdict = f"not tested by Slurm, since {unasked}" if unasked else "accepted by Slurm"
     before = ""
-    for submission, path in zip(submissions, paths, strict=True):
+    for submission in trunk.submissions:
+        stage = submission.stage
         linked = after(submission, before) if before else submission
-        before = f"JOB_OF_{submission.stage.upper()}"
-        click.echo(f"# {submission.stage}: {verdict}. The command, and the script:")
-        click.echo(f"{linked.line}\n")
-        click.echo(path.read_text(encoding="utf-8"))
+        before = f"JOB_OF_{stage.upper()}"
+        click.echo(f"# {stage}: {verdict}. The command, and the script:")
+        click.echo(f"{trunk.from_snapshot(linked).line}\n")
+        click.echo(Path(submission.file).read_text(encoding="utf-8"))
+    for branch in branches:
+        before = "JOB_OF_TRAIN"
+        for submission in branch.submissions:
+            linked = after(submission, before)
+            before = f"JOB_OF_{branch.config.run.name.upper()}"
+            click.echo(f"# {submission.stage} of {branch.config.run}:")
+            click.echo(f"{branch.from_snapshot(linked).line}\n")
     click.echo("# nothing was written or queued")
 
 
-def _report(config: Config, allocation: Allocation, jobs: dict[str, str], snapshot: Path) -> None:
-    for stage, job in jobs.items():
-        shape = (
-            f", {allocation.nodes} nodes x {allocation.ranks_per_node} ranks"
-            if stage == "train"
-            else ""
-        )
-        click.echo(f"{stage}: job {job}{shape}")
-    click.echo(f"snapshot: {snapshot}")
-    log = shlex.quote(f"{config.run}/{LOGS_FOLDER}/train-{jobs['train']}.out")
+def _report(
+    trunk: RunJobs,
+    branches: Sequence[RunJobs],
+    allocation: Allocation,
+    queued: Sequence[Sequence[str]],
+) -> None:
+    shape = f", {allocation.nodes} nodes x {allocation.ranks_per_node} ranks"
+    for run, jobs in zip((trunk, *branches), queued, strict=True):
+        of_branch = "" if run is trunk else f" of branch {run.config.run.name}"
+        for submission, job in zip(run.submissions, jobs, strict=True):
+            stage = submission.stage
+            click.echo(f"{stage}{of_branch}: job {job}{shape if stage == 'train' else ''}")
+    click.echo(f"snapshot: {trunk.snapshot}")
+    stages = [submission.stage for submission in trunk.submissions]
+    folder = trunk.config.run
+    log = shlex.quote(f"{folder}/{LOGS_FOLDER}/train-{queued[0][stages.index('train')]}.out")
+    ids = " ".join(job for jobs in queued for job in jobs)
     lines = {
-        command("jobs", config.run): "its progress",
+        command("jobs", folder): "its progress",
         f"tail -F {log}": "its log",
-        f"scancel {' '.join(jobs.values())}": "cancels it; training saves first",
+        f"scancel {ids}": "cancels it; training saves first",
     }
     show_next(lines)
 
