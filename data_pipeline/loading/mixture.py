@@ -12,7 +12,6 @@ up. Memory is a few numbers per data set and change, whatever the number of rows
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +35,50 @@ class Change:
     weights: tuple[float, ...]
 
 
+class Spans:
+    """Spans of a mixture, begun in order; the last one is unbounded."""
+
+    def __init__(self, num_data_sets: int) -> None:
+        self.first_row: list[int] = []
+        # Data set k takes parts[k] of every of[k] rows that remain after earlier ones, as if
+        # phases[k] / of[k] of a row had been due before the span.
+        self.parts: list[list[int]] = []
+        self.of: list[list[int]] = []
+        self.phases: list[list[int]] = []
+        self.before: list[list[int]] = []
+        """Number of rows of each data set before each span."""
+        self._late = [0] * num_data_sets  # rows that are due and not dealt, in units of 1 / _ROW
+
+    def begin(self, change: Change) -> None:
+        """End the last span and begin the next one. Raises ConfigError for invalid weights."""
+        before = [0] * len(change.weights)
+        if self.first_row:
+            num_rows = change.first_row - self.first_row[-1]
+            before = self.counts(num_rows)
+            all_parts = self.of[-1][0]
+            for number, (part, count) in enumerate(zip(self.parts[-1], before, strict=True)):
+                dealt = count - self.before[-1][number]
+                self._late[number] += num_rows * part * _ROW // all_parts - dealt * _ROW
+        parts = _parts_of(change.weights)
+        of = [sum(parts[number:]) for number in range(len(parts))]
+        self.first_row.append(change.first_row)
+        self.parts.append(parts)
+        self.of.append(of)
+        self.phases.append(_phases(parts, of, self._late))
+        self.before.append(before)
+
+    def counts(self, num_rows: int) -> list[int]:
+        """Number of rows of each data set before and among the first rows of the last span."""
+        dealt = _counts(num_rows, self.parts[-1], self.of[-1], self.phases[-1])
+        return [a + b for a, b in zip(self.before[-1], dealt, strict=True)]
+
+    def find(self, data_set: int, row: int, num_rows: int) -> int:
+        """Row of the mixture that is a row of a data set, among the first rows of the last span."""
+        numbers = range(num_rows)
+        found = bisect_right(numbers, row, key=lambda number: self.counts(number)[data_set])
+        return self.first_row[-1] + found - 1
+
+
 class Mixture:
     """Deals rows to data sets by weight. One data set gets every row."""
 
@@ -45,25 +88,14 @@ class Mixture:
 
         Raises ConfigError for a negative or infinite weight, or if all are 0.
         """
-        first_row = [0, *(change.first_row for change in changes)]
-        parts = [_parts_of(one) for one in (weights, *(change.weights for change in changes))]
-        # Data set k takes parts[k] of every of[k] rows that remain after earlier ones, as if
-        # phase[k] / of[k] of a row had been due before the span.
-        of = [[sum(one[number:]) for number in range(len(one))] for one in parts]
-        phases, before = [], [[0] * len(weights)]
-        late = [0] * len(weights)  # rows that are due and not dealt, in units of 1 / _ROW
-        for span, (start, stop) in enumerate(pairwise([*first_row, first_row[-1]])):
-            num_rows = stop - start
-            phases.append(_phases(parts[span], of[span], late))
-            dealt = _counts(num_rows, parts[span], of[span], phases[span])
-            for number, count in enumerate(dealt):
-                late[number] += num_rows * parts[span][number] * _ROW // of[span][0] - count * _ROW
-            before.append([a + b for a, b in zip(before[span], dealt, strict=True)])
-        self._first_row: Indices = np.array(first_row, dtype=np.int64)
-        self._parts: Indices = np.array(parts, dtype=np.int64)
-        self._of: Indices = np.array(of, dtype=np.int64)
-        self._phase: Indices = np.array(phases, dtype=np.int64)
-        self._before: Indices = np.array(before[:-1], dtype=np.int64)
+        spans = Spans(len(weights))
+        for change in (Change(0, tuple(weights)), *changes):
+            spans.begin(change)
+        self._first_row: Indices = np.array(spans.first_row, dtype=np.int64)
+        self._parts: Indices = np.array(spans.parts, dtype=np.int64)
+        self._of: Indices = np.array(spans.of, dtype=np.int64)
+        self._phase: Indices = np.array(spans.phases, dtype=np.int64)
+        self._before: Indices = np.array(spans.before, dtype=np.int64)
 
     @property
     def is_constant(self) -> bool:

@@ -12,7 +12,7 @@ from math import inf
 
 import numpy as np
 
-from data_pipeline.loading.mixture import Change, Mixture
+from data_pipeline.loading.mixture import Change, Mixture, Spans
 
 STAIRS = 256
 MAX_ROW = 1 << 62
@@ -128,39 +128,35 @@ def limited(changes: Sequence[Change], limits: Sequence[Limit | None], num_rows:
     Its weight is 0 from then on. The end is where a limit ends the run, or no data set is left.
     Limits that the first `num_rows` rows do not reach are ignored.
     """
-    dropped: dict[int, int] = {}
-    end: tuple[int, int] | None = None
-    while True:
-        mixture = Mixture(changes[0].weights, changes[1:])
-        counts = mixture.counts(num_rows if end is None else end[0])
-        reached = [
-            (int(mixture.number_of(number, np.array(limit.rows))), number)
-            for number, limit in enumerate(limits)
-            if limit is not None and number not in dropped and counts[number] > limit.rows
-        ]
-        if not reached:
-            return Limited(mixture, dropped, end)
-        row, number = min(reached)
-        limit = limits[number]
-        if limit is not None and limit.ends_run:
-            return Limited(mixture, dropped, (row, number))
-        dropped[number] = row
-        changes = _without(changes, number, row)
-        empty = next((change for change in changes if not any(change.weights)), None)
-        if empty is not None:
-            end = (empty.first_row, number)
-            changes = [change for change in changes if change.first_row < empty.first_row]
+    spans, kept, dropped = Spans(len(limits)), list[Change](), dict[int, int]()
+    for change, stop in zip(
+        changes, [*(one.first_row for one in changes[1:]), num_rows], strict=True
+    ):
+        row: int | None = change.first_row
+        while row is not None:
+            weights = tuple(0.0 if n in dropped else one for n, one in enumerate(change.weights))
+            if not any(weights):
+                return _limited(kept, dropped, (row, max(dropped, key=lambda n: dropped[n])))
+            kept.append(Change(row, weights))
+            spans.begin(kept[-1])
+            rows = max(min(stop, num_rows, MAX_ROW) - row, 0)
+            counts = spans.counts(rows)
+            reached = [
+                (spans.find(number, limit.rows, rows), number)
+                for number, limit in enumerate(limits)
+                if limit is not None and counts[number] > limit.rows
+            ]
+            row, number = min(reached, default=(None, 0))
+            limit = limits[number]
+            if row is not None and limit is not None:
+                if limit.ends_run:
+                    return _limited(kept, dropped, (row, number))
+                dropped[number] = row
+    return _limited(kept, dropped, None)
 
 
-def _without(changes: Sequence[Change], number: int, row: int) -> list[Change]:
-    """Changes with a data set of weight 0 from a row on."""
-    earlier = [change for change in changes if change.first_row < row]
-    later = [Change(row, earlier[-1].weights)] if earlier else []
-    later += [change for change in changes if change.first_row >= row]
-    emptied = {
-        change.first_row: tuple(
-            0.0 if index == number else weight for index, weight in enumerate(change.weights)
-        )
-        for change in later
-    }
-    return [*earlier, *(Change(*of_row) for of_row in emptied.items())]
+def _limited(
+    changes: Sequence[Change], dropped: dict[int, int], end: tuple[int, int] | None
+) -> Limited:
+    first, *later = changes
+    return Limited(Mixture(first.weights, later), dropped, end)
