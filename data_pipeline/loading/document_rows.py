@@ -30,7 +30,7 @@ class _Spans:
     """First span of each row, the one after its last, and its tokens without padding: shape
     (rows, 3)."""
     places: Indices
-    """Frame, or padding, and first and last (exclusive) id of each span: shape (spans, 3)."""
+    """Frame, and first and last (exclusive) id of each span: shape (spans, 3)."""
 
 
 class _Groups:
@@ -100,12 +100,14 @@ class DocumentRowReader(RowReader):
         self._groups = _Groups(index.totals.groups, index.totals.rows_per_group)
         self._lock = Lock()
 
-    def keep(self, windows: int, window_frames: int) -> None:
+    def keep(self, windows: int, window_frames: int, ahead_rows: int = 0) -> None:
         totals, frame_tokens = self.index.totals, self.frames.manifest.frame_tokens
         filled = totals.rows_per_group * totals.context_tokens / frame_tokens
         spanned = totals.tokens / totals.groups / frame_tokens
         group_frames = int(min(spanned, _MAX_GROUP_SPAN * filled)) + 2
-        self.frames.keep(windows * (window_frames * group_frames + 2))
+        # Windows of all lanes end at the same step. A row seldom needs more than two frames.
+        ahead_frames = min(2 + 2 * ahead_rows, 2 + group_frames)
+        self.frames.keep(windows * (window_frames * group_frames + ahead_frames))
         self._groups.make_room((1 + self.text_format.both) * windows * (window_frames + 1))
 
     def frames_of(self, frame: Indices, row: Indices, is_forward_N: Flags | None = None) -> Indices:

@@ -93,7 +93,10 @@ class TrainingLoader:
             order = stream.order
             # A window of frames per lane; some lanes already read their next window.
             rank_lanes = -(-order.lanes // world_size) + 1
-            stream.rows.keep(rank_lanes + 1, order.window_frames)
+            ahead_rows = 0
+            if threads > 1:
+                ahead_rows = _AHEAD_STEPS * order.global_batch_rows // order.lanes
+            stream.rows.keep(rank_lanes + 1, order.window_frames, ahead_rows)
             # At most a frame per lane: more would be replaced before their rows are packed.
             ahead_steps = order.lanes * order.rows_per_frame // order.global_batch_rows
             self._ahead_steps = max(1, min(self._ahead_steps, ahead_steps))

@@ -105,8 +105,14 @@ class RowReader:
         self.end_id = manifest.end_id
         self.is_flipped = direction is not manifest.text_format.direction
 
-    def keep(self, windows: int, window_frames: int) -> None:
-        """Keep the frames of some windows of an order decoded."""
+    def keep(
+        self,
+        windows: int,
+        window_frames: int,
+        ahead_rows: int = 0,  # noqa: ARG002
+    ) -> None:
+        """Keep the frames of some windows of an order decoded, and those that `ahead_rows` rows of
+        each following window need."""
         self.frames.keep(windows * (window_frames + 2))
 
     def frames_of(

@@ -149,3 +149,28 @@ def test_spans_of_frames_are_joined_however_few_frames_are_kept(keep_frames: int
         found = data.store(keep_frames).spans(frame, start, stop)
     expected = [data.frames[f][a:b] for f, a, b in zip(frame, start, stop, strict=True)]
     assert found.tolist() == np.concatenate(expected).tolist()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_frames_are_decoded_about_once_per_epoch_also_ahead_of_time(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    decode = FrameStore._decode
+
+    def counted(store: FrameStore, frame: int) -> object:
+        decoded.append(frame)
+        return decode(store, frame)
+
+    monkeypatch.setattr(FrameStore, "_decode", counted)
+    generator = np.random.default_rng(0)
+    documents = [
+        np.array([BEGIN, *[5] * length, END]) for length in generator.integers(1, 14, 5000)
+    ]
+    reading = Reading(are_whole=True, lanes=[4], lane_rows=[6], window_frames=1)
+    with data_set([documents]) as data:
+        corpus = Corpus([data], reading)
+        order = corpus.streams()[0].order
+        assert order.num_frames >= 4 * order.lanes
+        at_steps(corpus.training(threads=threads), range(order.rows_per_epoch // BATCH_ROWS))
+        assert len(decoded) < 1.2 * len(data.frames)
