@@ -66,7 +66,10 @@ def require_run_folder(config: Config, given: Path | None = None) -> None:
     if run.exists() and not run.is_dir():
         raise OutputExistsError(f"run {run} is a file; choose another run folder")
     inputs = [*(part.path for part in config.data.shards), config.init_from]
-    inputs.append(config.branch_from)
+    trunk = config.branch_from
+    if trunk is not None and (trunk / CHECKPOINTS_FOLDER).is_dir():
+        trunk = trunk / CHECKPOINTS_FOLDER  # the branch may be below the rest of the run
+    inputs.append(trunk)
     require_apart(run, inputs, "run")
     for name in _WORK_FOLDERS:
         require_no_link(run / name, "run")

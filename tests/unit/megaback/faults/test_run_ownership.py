@@ -185,3 +185,11 @@ def test_folders_that_are_nested_thousands_deep_are_foreign(tmp_path: Path) -> N
     with pytest.raises(OutputExistsError, match="is not empty"):
         require(tmp_path / "run")
     subprocess.run(["rm", "-r", tmp_path / "run"], check=True)  # pytest cannot
+
+
+def test_a_branch_may_be_below_its_trunk_but_not_in_its_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+
+    require(tmp_path / "branches/anneal", branch_from=tmp_path)
+    with pytest.raises(OutputExistsError, match="within the input"):
+        require(tmp_path / "checkpoints/anneal", branch_from=tmp_path)
