@@ -54,7 +54,7 @@ def _as_json(parts: list[ConfigPart]) -> str:
         "megaback config configs/demo.yaml training.steps=200",
     ),
 )
-@click.argument("words", nargs=-1, metavar="CONFIG [OVERRIDES]... | --explain [KEYS]...")
+@click.argument("words", nargs=-1, metavar="[CONFIG [OVERRIDES]... | KEYS...]")
 @click.option(
     "--explain",
     "must_explain",

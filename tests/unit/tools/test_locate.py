@@ -1,6 +1,5 @@
 """`megaback shards locate`: batches of the reported steps hold the document's tokens."""
 
-import json
 import random
 import shutil
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +19,6 @@ from data_pipeline.shards.data_set import DataSet as OpenDataSet
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reader import ShardReader
 from data_pipeline.text.codec import Direction
-from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.data import Data, open_data
 from megaback.run_folder import CHECKPOINTS_FOLDER, CONFIG_COPY_NAME, META_NAME, step_name
@@ -40,46 +37,20 @@ from tests.helpers.batches import (
 from tests.helpers.builds import documents_of
 from tests.helpers.loaders import BATCH_ROWS as ROWS_PER_STEP
 from tests.helpers.loaders import Corpus, Reading
+from tests.helpers.located import (
+    CONTEXT_OF_RUN,
+    locate,
+    located,
+    reader_of,
+    write_config,
+)
 from tools.locate import (
     StoredDocument,
     document_by_number,
     documents_with_ids,
-    main,
     rows_of_document,
     uses_of_document,
 )
-
-CONTEXT_OF_RUN = 32
-BATCH_ROWS = 12
-
-
-def locate(*arguments: object, text: bytes | None = None) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=text)
-
-
-def located(*arguments: object, text: bytes | None = None) -> list[dict[str, Any]]:
-    """The documents that the command found, from its JSON output."""
-    result = locate(*arguments, "--json", text=text)
-    assert result.exit_code == 0, result.stderr
-    documents: list[dict[str, Any]] = json.loads(result.stdout)["documents"]
-    return documents
-
-
-def write_config(path: Path, shards: object, **training: object) -> Path:
-    fields = {
-        "run": str(path.parent / "run"),
-        "data": {"shards": shards, "threads": 0},
-        "model": {"num_layers": 1, "width": 16, "num_heads": 1},
-        "batch": {
-            "context_tokens": CONTEXT_OF_RUN,
-            "global_batch_rows": BATCH_ROWS,
-            "micro_batch_rows": 1,
-        },
-        "optimizer": {"learning_rate": 1e-3},
-        "training": training or {"epochs": 3.5},
-    }
-    path.write_text(json.dumps(fields))
-    return path
 
 
 @pytest.fixture
@@ -92,20 +63,6 @@ def first_of(folder: Path, split: str = "train") -> bytes:
     """Text of the first document of a split without duplicates."""
     texts = documents_of(folder)[split]
     return next(text for text in texts if texts.count(text) == 1).encode("utf-8", "surrogatepass")
-
-
-def reader_of(config: Config, world_size: int) -> Callable[[int, int, int], Ids]:
-    """`ids(step, position, rank)`: a row as training reads it; steps as in the metrics."""
-    ranks = [open_data(config, rank, world_size).training for rank in range(world_size)]
-    rank_rows = config.batch.global_batch_rows // world_size
-
-    def ids(step: int, position: int, rank: int) -> Ids:
-        assert position // rank_rows == rank
-        batches = ranks[rank].at(step - 1)
-        assert len(batches) == rank_rows
-        return batches[position % rank_rows].ids_T
-
-    return ids
 
 
 @QUICKLY
@@ -389,66 +346,6 @@ def test_a_run_of_another_order_of_rows_is_refused(
     result = locate(run, "--document", 2)
     assert result.exit_code == code, result.stderr
     assert (str(run) in result.stderr) == bool(code)
-
-
-@pytest.fixture
-def mixed(tmp_path: Path, finished: Path, tiny_shards: Path) -> Path:
-    """Config of a run on two data sets with different frame sizes."""
-    shards = [
-        {"path": str(finished), "weight": 0.3},
-        {"path": str(tiny_shards), "weight": 0.7},
-    ]
-    return write_config(tmp_path / "mixed.yaml", shards)
-
-
-def test_a_row_after_a_data_set_is_dropped_is_read_by_no_step(
-    tmp_path: Path, finished: Path, tiny_shards: Path
-) -> None:
-    shards = [{"path": str(finished), "max_epochs": 1}, {"path": str(tiny_shards)}]
-    config = write_config(tmp_path / "dropped.yaml", shards, steps=1000)
-    options = (config, "--document", 5, "--shards", finished)
-    (first,) = located(*options)
-    assert sum(row["stop"] - row["start"] for row in first["rows"]) == first["tokens"]
-    (third,) = located(*options, "--epoch", 2)
-    assert third["rows"] == []
-    assert "no step reads it: its data set" in locate(*options, "--epoch", 2).stdout
-
-
-@pytest.mark.parametrize(
-    ("epoch", "weight"), [(0, 0.3), (2, 0.3), (0, {0: 0.3, 0.2: 0, 0.5: 2}), (1, {0: 0, 0.7: 1})]
-)
-def test_reported_rows_of_a_mixture_hold_the_documents(
-    mixed: Path, finished: Path, tiny_shards: Path, epoch: int, weight: object
-) -> None:
-    fields = json.loads(mixed.read_text())
-    fields["data"]["shards"][0]["weight"] = weight
-    mixed.write_text(json.dumps(fields))
-    row_ids = reader_of(load_config(mixed), 2)
-    for folder in (finished, tiny_shards):
-        options = ("--shards", folder, "--epoch", epoch, "--world-size", 2)
-        for number in (0, 31, 100):
-            (found,) = located(mixed, "--document", number, *options)
-            assert found["data_set"] == str(folder)
-            ids = inspection.document_at(OpenDataSet.open(folder), "train", number)
-            for row in found["rows"]:
-                first = (found["shard_tokens"][0] + row["start"]) % CONTEXT_OF_RUN
-                held = row_ids(row["step"], row["position"], row["rank"])
-                held = held[first : first + row["stop"] - row["start"]]
-                assert held.tolist() == ids[row["start"] : row["stop"]].tolist()
-
-
-def test_a_text_is_located_in_every_data_set_of_a_mixture(
-    mixed: Path, finished: Path, tiny_shards: Path
-) -> None:
-    others = documents_of(tiny_shards)["train"]
-    text = next(text for text in documents_of(finished)["train"] if text in others)
-    found = located(mixed, "--text", "-", text=text.encode())
-    assert {document["data_set"] for document in found} == {str(finished), str(tiny_shards)}
-
-
-def test_a_document_number_of_a_mixture_needs_a_data_set(mixed: Path, finished: Path) -> None:
-    result = locate(mixed, "--document", 1)
-    assert (result.exit_code, str(finished) in result.stderr) == (10, True)
 
 
 def test_the_text_output_lists_steps_positions_ranks_and_tokens(config_path: Path) -> None:
