@@ -14,7 +14,7 @@ from tools.direction_gap.ladder import Rung, Size, parse_budgets, parse_sizes, r
 
 def test_sizes_and_budgets_are_read_in_their_order() -> None:
     assert parse_sizes("128x4, 64x2") == [Size(128, 4), Size(64, 2)]
-    assert parse_budgets("300k,1.5M, 2048") == [300_000, 1_500_000, 2048]
+    assert parse_budgets("300k,1.5M, 2048,1e6") == [300_000, 1_500_000, 2048, 10**6]
 
 
 @pytest.mark.parametrize("text", ["", "64", "64x", "64x2,", "0x2", "64x0", "64x2x3", "-64x2"])
@@ -23,7 +23,7 @@ def test_a_wrong_size_is_named(text: str) -> None:
         parse_sizes(text)
 
 
-@pytest.mark.parametrize("text", ["", "0", "3kk", "k", "1e6", "-5", "300k,,600k"])
+@pytest.mark.parametrize("text", ["", "0", "3kk", "k", "-5", "300k,,600k"])
 def test_a_wrong_budget_is_named(text: str) -> None:
     with pytest.raises(ConfigError, match="numbers of tokens, such as 300k"):
         parse_budgets(text)
