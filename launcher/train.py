@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from data_pipeline.common.atomic import new_id
+from data_pipeline.common.checked_json import read_json
 from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.import_path import module_command
 from data_pipeline.common.shared_options import hostfile_option, save_before_option
@@ -31,7 +32,7 @@ from megaback.faults.run_ownership import require_run_folder
 from megaback.faults.run_state import assess_run
 from megaback.faults.stop_request import deadline_of, local_time_of
 from megaback.horizons import branch_overrides, horizons_of, require_branch_points
-from megaback.run_folder import newest_checkpoint_step
+from megaback.run_folder import META_NAME, complete_checkpoints, newest_checkpoint_step
 from megaback.tracking.run_progress import read_progress
 from megaback.yaml_text import kept_overrides
 
@@ -146,10 +147,21 @@ def train_with_branches(
 
 
 def _is_finished(settings: Config) -> bool:
+    """Whether a run of exactly this config has trained to its end; its folder may have moved.
+
+    With any other key its ranks are started, which refuse the config, or do nothing.
+    """
     ending = read_exit(settings.run)
     steps = settings.training.steps or 0
     has_ended = ending is not None and ending.get("code") == 0
-    return has_ended and newest_checkpoint_step(settings.run) >= steps
+    if not has_ended or newest_checkpoint_step(settings.run) < steps:
+        return False
+    now = settings.model_dump(mode="json")
+    try:
+        saved = read_json(complete_checkpoints(settings.run)[-1] / META_NAME)["config"]
+        return all(saved[key] == now[key] for key in now.keys() - {"run", "branch_from"})
+    except (IndexError, KeyError, TypeError, ValueError, OSError):
+        return False  # the ranks report it
 
 
 def _dead_ranks(run: Path) -> str:

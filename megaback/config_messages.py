@@ -7,7 +7,10 @@ from pydantic import BaseModel, ValidationError
 
 _MAX_SHOWN = 60
 """Maximum length of a value, in characters."""
-_MESSAGES = {"path_type": "Input should be a path"}
+_MESSAGES = {
+    "path_type": "Input should be a path",
+    "tuple_type": "Input should be a list; put it in brackets, as [a, b]",
+}
 """Messages in place of pydantic's, which name Python types."""
 
 

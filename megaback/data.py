@@ -34,6 +34,7 @@ from megaback.branch_order import (
 from megaback.branches import BranchPoint, find_branch_point
 from megaback.config import BatchSection, Config, TrainingSection, split_batch
 from megaback.config_data import DataSection
+from megaback.horizons import horizons_of
 from megaback.planning.data_facts import attended_of
 from megaback.planning.data_mixture import (
     DataMixture,
@@ -313,6 +314,7 @@ def open_data(
     if branch is not None:
         require_steps_left(branch, config.training, config.training.steps)
     mixed = shards.mixed(batch, config.training, streams, read_steps)
+    _require_data_to_horizons(config, shards, streams)
     if branch is not None:
         require_steps_left(branch, config.training, mixed.total_steps)
     return Data(
@@ -337,6 +339,24 @@ def open_data(
         val=val,
         given=_given_texts(config, shards),
     )
+
+
+def _require_data_to_horizons(
+    config: Config, shards: OpenShards, streams: Sequence[Stream]
+) -> None:
+    """Raises ConfigError if `max_epochs` ends the run before its last horizon."""
+    horizons = horizons_of(config)
+    if not horizons:
+        return
+    last = horizons[-1]
+    training = config.training.model_copy(update={"steps": last.steps})
+    mixed = shards.mixed(config.batch, training, streams)
+    if mixed.end_reason is not None:
+        raise ConfigError(
+            f"optimizer.decay_at: {last.name} tokens are {last.steps:,} steps, and the data ends "
+            f"after {mixed.total_steps:,}, as {mixed.end_reason}; raise max_epochs, or use earlier "
+            "horizons"
+        )
 
 
 def _given_texts(config: Config, shards: OpenShards) -> GivenTexts:

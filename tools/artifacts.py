@@ -303,7 +303,7 @@ def _of_weights(path: Path, meta: "CheckpointMeta") -> dict[str, str]:
         convert: "exports it",
     }
     config = config_of_run(run)
-    if config.is_file():
+    if config.is_file() and meta.branch is None:  # init_from excludes branch_from
         other = override("run", free_path(run.with_name(f"{name}-2")))
         again = command("train", config, other, override("init_from", path))
         lines[again] = "start another run from it"

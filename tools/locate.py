@@ -424,6 +424,8 @@ def main(
         _require_order_of_run(config)
     path = config_of_run(config) if config.is_dir() else config
     settings = load_config(path, overrides)
+    if config.is_dir():
+        settings = settings.model_copy(update={"run": config})  # it may have been moved
     data = open_data(settings, 0, world_size or 1)
     if text is not None:
         found = _find_text(data, split, _read_text(text))

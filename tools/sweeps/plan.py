@@ -29,6 +29,7 @@ class SweepPlan:
         """
         axes, common = axes_of(overrides)
         if not axes:
+            load_config(config, common)  # a missing or invalid file is the first problem
             raise ConfigError(
                 "no key has a list of values; give one, such as optimizer.learning_rate=1e-3,3e-3"
             )

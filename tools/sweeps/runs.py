@@ -44,12 +44,19 @@ def runs_of(
 ) -> list[SweepRun]:
     """The run of each point, in a folder below `out`.
 
-    Raises the errors of `load_config`, and ConfigError for two runs that are the same.
+    Raises the errors of `load_config`, and ConfigError for two runs that are the same or
+    one that makes several models.
     """
     runs: dict[str, SweepRun] = {}
     for point in points:
         own = (*common, *overrides_of(point))
-        fields = shown_config(load_config(path, own))
+        config = load_config(path, own)
+        if config.optimizer.decay_at is not None:
+            raise ConfigError(
+                "optimizer.decay_at makes several models of one run; unset it and set "
+                "training.steps, so that each run has one loss to compare"
+            )
+        fields = shown_config(config)
         values = {key: reduce(getitem, key.split("."), fields) for key in point}
         name = run_name(values)
         if name in runs:

@@ -197,6 +197,7 @@ def test_a_missing_key_is_reported_with_its_section(tmp_path: Path) -> None:
         ),
         ("optimizer.matrix_learning_rate=0.1", "matrix_learning_rate is for Muon only"),
         ("optimizer.schedule=step", "optimizer.schedule = 'step'"),
+        ("optimizer.decay_at=2e9", "Input should be a list; put it in brackets"),
         ("training.activation_checkpointing=true", "training.activation_checkpointing = True"),
     ],
 )

@@ -12,7 +12,13 @@ from pydantic import ValidationError
 from data_pipeline.errors import ConfigError
 from megaback.config import Config, OptimizerSection
 from megaback.config_file import load_config
-from megaback.horizons import branch_overrides, horizons_of, require_branch_points
+from megaback.data import open_data
+from megaback.horizons import (
+    branch_overrides,
+    horizons_of,
+    require_branch_points,
+    with_trunk_steps,
+)
 from megaback.optim.lr_schedule import rate_factor_at
 from megaback.run_folder import CHECKPOINTS_FOLDER, META_NAME, step_name
 from tests.helpers.run_config import run_config
@@ -153,3 +159,19 @@ def test_a_horizon_that_its_trunk_has_passed_is_refused(tmp_path: Path) -> None:
     (target / META_NAME).unlink()
     with pytest.raises(ConfigError, match=r"begins at step 80, of which .* no checkpoint"):
         require_branch_points(config)
+
+
+def test_data_that_ends_before_the_last_horizon_is_refused(
+    tmp_path: Path, tiny_shards: Path
+) -> None:
+    """Even where it lasts for the trunk: the branch would end before its horizon."""
+    data = {"shards": [{"path": str(tiny_shards), "max_epochs": 1}]}
+    longest = open_data(run_config(tmp_path, data=data, training={"steps": 10**6}), 0, 1)
+
+    def open_with(steps: int) -> None:
+        fields = config_with(tmp_path, decay_at=[steps * STEP_TOKENS]).model_dump(mode="json")
+        open_data(with_trunk_steps(Config.model_validate(fields | {"data": data})), 0, 1)
+
+    open_with(longest.total_steps)
+    with pytest.raises(ConfigError, match="raise max_epochs, or use earlier horizons"):
+        open_with(longest.total_steps + 1)

@@ -154,6 +154,11 @@ def test_a_changed_config_is_refused_by_name(sweep: Sweep, out: Path, tmp_path: 
         (("optimizer.learning_rate=1e-3,0.001",), ConfigError, "two runs are learning_rate-0.001"),
         (("model.width=32,33",), ConfigError, "num_heads 4 does not divide width 33"),
         (("data.shards=none,other",), ShardsMissingError, "none"),
+        (
+            (RATES, "optimizer.schedule=wsd", "optimizer.decay_at=[2e4]", "training.steps=null"),
+            ConfigError,
+            "decay_at makes several models",
+        ),
         (("training.seed=3",), ConfigError, "no key has a list of values"),
         ((RATES, "--zip", "model.width,optimizer.learning_rate"), ConfigError, "model.width="),
         ((RATES, "--x-axis", "training.steps"), ConfigError, "--x-axis training.steps"),
