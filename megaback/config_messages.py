@@ -1,7 +1,7 @@
 """Validation errors of a config, as one sentence that names the key."""
 
 import difflib
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -45,13 +45,20 @@ def _is_short(value: Any) -> bool:
     return not isinstance(value, dict | list | tuple | BaseModel)
 
 
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, BaseModel)
+
+
 def _did_you_mean(location: list[str], config: type[BaseModel]) -> str:
     section = config
     for part in location[:-1]:
-        annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if part.isdecimal():  # of a list
+            continue
+        hint = section.model_fields[part].annotation if part in section.model_fields else None
+        found = next(filter(_is_section, (hint, *get_args(hint))), None)
+        if found is None:
             return ""
-        section = annotation
+        section = found
     names = list(section.model_fields)
     close = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
     prefix = ".".join(location[:-1])

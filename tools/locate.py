@@ -334,8 +334,14 @@ def _describe_document(data: Data, split: str, document: StoredDocument) -> dict
 
 
 def _show(
-    facts: dict[str, Any], split: str, epoch: int, uses: Sequence[RowUse], total_steps: int
+    facts: dict[str, Any],
+    split: str,
+    epoch: int,
+    uses: Sequence[RowUse],
+    total_steps: int,
+    is_whole: bool,
 ) -> None:
+    """`is_whole`: whether the rows of the train set are of whole documents."""
     start, stop = facts["shard_tokens"]
     click.echo(
         f"document {facts['document']:,} of the {split} set of {facts['data_set']}: "
@@ -356,7 +362,10 @@ def _show(
         click.echo(f"  {where}: tokens {use.start:,} to {use.stop - 1:,}{reached}")
     if sum(use.stop - use.start for use in uses) < facts["tokens"]:
         rest = "the rest of it" if uses else "it"
-        click.echo(f"  no step reads {rest}: its data set has weight 0, or was dropped, by then")
+        reason = "its data set has weight 0, or was dropped, by then"
+        if uses and is_whole:  # in one row, or in none
+            reason = "the document is longer than a row"
+        click.echo(f"  no step reads {rest}: {reason}")
 
 
 @click.command(
@@ -444,7 +453,7 @@ def main(
         click.echo(json.dumps({**fields, "documents": described}))
         return
     for facts, of_one in zip(described, uses, strict=True):
-        _show(facts, split, epoch, of_one, data.total_steps)
+        _show(facts, split, epoch, of_one, data.total_steps, settings.data.rows == "documents")
 
 
 if __name__ == "__main__":

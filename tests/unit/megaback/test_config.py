@@ -133,6 +133,11 @@ def test_a_redacted_config_has_no_secrets_of_urls(tmp_path: Path) -> None:
         ("batch.global_rows=2", "batch.global_rows", "batch.global_batch_rows"),
         ("zero.stages=2", "zero.stages", "zero.stage"),
         ("data.direktion=forward", "data.direktion", "data.direction"),
+        (
+            "data.shards=[{path: a, max_epoch: 3}]",
+            "data.shards.0.max_epoch",
+            "data.shards.0.max_epochs",
+        ),
         ("logging.wandb_projekt=x", "logging.wandb_projekt", "logging.wandb_project"),
     ],
 )

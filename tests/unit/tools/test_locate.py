@@ -183,6 +183,16 @@ def test_reported_rows_of_a_real_build_hold_the_documents(
             assert held.tolist() == ids[row["start"] : row["stop"]].tolist()
 
 
+def test_the_unread_end_of_a_document_has_its_reason(config_path: Path, finished: Path) -> None:
+    lengths = [len(text) for text in documents_of(finished)["train"]]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+
+    result = locate(config_path, "data.rows=documents", "--document", longest)
+
+    assert result.exit_code == 0, result.output
+    assert "no step reads the rest of it: the document is longer than a row" in result.stdout
+
+
 def test_a_document_over_several_frames_is_located_in_all_of_them(
     tmp_path: Path, codec: Callable[..., Any], english_documents: list[str]
 ) -> None:
