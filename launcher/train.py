@@ -28,6 +28,7 @@ from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.faults.exit_record import newest_start, read_exit, record_exit
+from megaback.faults.rolled_back_branches import require_no_rolled_back_branch
 from megaback.faults.run_ownership import require_run_folder
 from megaback.faults.run_state import assess_run
 from megaback.faults.stop_request import deadline_of, local_time_of
@@ -128,6 +129,7 @@ def train_with_branches(
     settings = load_config(config, overrides)
     horizons = horizons_of(settings)
     require_branch_points(settings)
+    require_no_rolled_back_branch(settings)
     save_before = local_time_of(save_before)  # a duration is that of all runs together
     runs = [overrides, *((*overrides, *branch_overrides(settings, one)) for one in horizons)]
     loaded: list[Config] = []

@@ -31,6 +31,7 @@ from launcher.slurm.sbatch_files import sbatch_value
 from megaback.branches import find_branch_point
 from megaback.config import Config, split_batch
 from megaback.data import open_data
+from megaback.faults.rolled_back_branches import require_no_rolled_back_branch
 from megaback.horizons import require_branch_points
 from megaback.run_folder import BRANCHES_FOLDER, LOGS_FOLDER, holds_weights
 
@@ -112,6 +113,7 @@ def check_run(config: Config, num_ranks: int, builds_data: bool) -> None:
     """Refuse a config that cannot train on `num_ranks`. Raises MegabackErrors."""
     split_batch(config.batch, num_ranks)
     require_branch_points(config)
+    require_no_rolled_back_branch(config)
     if builds_data:
         find_branch_point(config)
     else:
