@@ -8,7 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_pipeline.errors import ConfigError
@@ -23,8 +23,7 @@ from data_pipeline.loading.rows import Batch, RowReader
 from data_pipeline.loading.weight_schedule import peak_shares
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.frame_cache import CacheSettings
-from data_pipeline.text.chat_format import ChatFormat
-from data_pipeline.text.codec import Direction, Prompt, TextCodec, TextFormat
+from data_pipeline.text.codec import TextCodec, TextFormat
 from megaback.branch_order import (
     require_same_data,
     require_steps_left,
@@ -34,6 +33,7 @@ from megaback.branch_order import (
 from megaback.branches import BranchPoint, find_branch_point
 from megaback.config import BatchSection, Config, TrainingSection, split_batch
 from megaback.config_data import DataSection
+from megaback.given_texts import GivenTexts, given_texts
 from megaback.horizons import horizons_of
 from megaback.planning.data_facts import attended_of
 from megaback.planning.data_mixture import (
@@ -42,25 +42,6 @@ from megaback.planning.data_mixture import (
     plan_mixture,
     rows_until_all_are_read,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GivenTexts:
-    """Texts that the model continues at each validation, in its direction."""
-
-    texts: tuple[str, ...]
-    prompts: tuple[Prompt, ...]
-    codec: TextCodec
-    is_of_examples: bool
-    """Whether they are the given side of instruction examples."""
-
-    def whole(self, number: int, new_ids: Sequence[int]) -> str:
-        """A given text with what is written, in reading order; of an example the latter alone."""
-        if self.is_of_examples:
-            return self.codec.render(new_ids)
-        if not new_ids:
-            return self.texts[number]
-        return self.codec.render([*self.prompts[number].ids, *new_ids])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +318,11 @@ def open_data(
         branch=branch,
         read_steps=read_steps,
         val=val,
-        given=_given_texts(config, shards),
+        given=given_texts(
+            config,
+            shards.codec,
+            is_of_examples=shards.data_sets[0].manifest.row_tokens is not None,
+        ),
     )
 
 
@@ -357,32 +342,6 @@ def _require_data_to_horizons(
             f"after {mixed.total_steps:,}, as {mixed.end_reason}; raise max_epochs, or use earlier "
             "horizons"
         )
-
-
-def _given_texts(config: Config, shards: OpenShards) -> GivenTexts:
-    """Texts of `validation.samples`. Raises ConfigError for one that does not fit the context."""
-    section, context_tokens = config.validation, config.batch.context_tokens
-    is_of_examples = shards.data_sets[0].manifest.row_tokens is not None
-    codec = _codec_of(shards, section.direction or config.data.direction.first)
-    prompt_of = ChatFormat(codec).prompt if is_of_examples else codec.prompt
-    prompts = tuple(prompt_of(given) for given in section.samples)
-    for number, prompt in enumerate(prompts):
-        if len(prompt.ids) + section.sample_tokens > context_tokens:
-            raise ConfigError(
-                f"validation.samples[{number}] is read as {len(prompt.ids):,} tokens, and "
-                f"sample_tokens is {section.sample_tokens:,}: together more than the "
-                f"{context_tokens:,} of batch.context_tokens; give a shorter text or fewer tokens"
-            )
-    return GivenTexts(
-        texts=section.samples, prompts=prompts, codec=codec, is_of_examples=is_of_examples
-    )
-
-
-def _codec_of(shards: OpenShards, direction: Direction) -> TextCodec:
-    """The codec of a model that is trained on the shards, in one of its directions."""
-    stored, section = shards.codec.format, shards.section
-    wanted = replace(stored, direction=direction, both=section.is_both)
-    return shards.codec if wanted == stored else TextCodec.of(shards.codec.model_bytes, wanted)
 
 
 def _stream(

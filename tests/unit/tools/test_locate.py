@@ -16,6 +16,11 @@ from data_pipeline.loading.loader import Stream
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.shards import inspection
 from data_pipeline.shards.data_set import DataSet as OpenDataSet
+from data_pipeline.shards.document_search import (
+    StoredDocument,
+    document_by_number,
+    documents_with_ids,
+)
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.reader import ShardReader
 from data_pipeline.text.codec import Direction
@@ -44,13 +49,7 @@ from tests.helpers.located import (
     reader_of,
     write_config,
 )
-from tools.locate import (
-    StoredDocument,
-    document_by_number,
-    documents_with_ids,
-    rows_of_document,
-    uses_of_document,
-)
+from tools.locate import rows_of_document, uses_of_document
 
 
 @pytest.fixture
