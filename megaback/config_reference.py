@@ -36,6 +36,8 @@ class ConfigKey:
 
     key: str
     values: tuple[Values, ...]
+    is_list: bool
+    """Whether the key takes a list of these values."""
     default: str | None
     """None: the key is required; empty: null, whose meaning is in the description."""
     description: str
@@ -115,8 +117,12 @@ def _keys(section: type[Section], prefix: str, fields: dict[str, FieldInfo]) -> 
     for name, field in fields.items():
         values = tuple(dict.fromkeys(_values(hints[name])))
         default = None if field.is_required() else _default(field.default)
-        yield ConfigKey(prefix + name, values, default, described[name])
-        for part in _parts(hints[name]):
+        parts = list(_parts(hints[name]))
+        is_list = any(get_origin(one) is tuple for one in parts) and not any(
+            map(_is_section, parts)
+        )
+        yield ConfigKey(prefix + name, values, is_list, default, described[name])
+        for part in parts:
             if _is_section(part):
                 yield from _keys(part, f"{prefix}{name}[].", part.model_fields)
 
@@ -150,6 +156,6 @@ def _default(value: Any) -> str:
         return ""
     if isinstance(value, bool):
         return str(value).lower()
-    if value == ():
-        return "[]"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_default, value))}]"
     return str(value.value if isinstance(value, Enum) else value)

@@ -28,7 +28,7 @@ def _explain(parts: list[ConfigPart]) -> None:
 
 
 def _values(one: ConfigKey) -> str:
-    values = ", ".join(value.text for value in one.values)
+    values = ("list of " if one.is_list else "") + ", ".join(value.text for value in one.values)
     default = "null" if one.default == "" else one.default
     return f"{values}; " + ("required" if default is None else f"default {default}")
 

@@ -28,5 +28,6 @@ def page() -> str:
 def _rows(part: ConfigPart) -> Iterator[list[str]]:
     for one in part.keys:
         values = [code(value.text) if value.is_literal else value.text for value in one.values]
+        listed = ("list of " if one.is_list else "") + ", ".join(values)
         default = "required" if one.default is None else code(one.default)
-        yield [code(one.key), ", ".join(values), default, prose(one.description)]
+        yield [code(one.key), listed, default, prose(one.description)]

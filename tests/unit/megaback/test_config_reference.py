@@ -29,6 +29,18 @@ def test_a_key_a_section_or_all() -> None:
     assert matching_parts(None) == config_parts()
 
 
+def test_lists_are_shown_as_yaml_has_them() -> None:
+    shown = {one.key: one for part in config_parts() for one in part.keys}
+    assert {key for key, one in shown.items() if one.is_list} == {
+        "keep",
+        "optimizer.decay_at",
+        "validation.samples",
+        "validation.suites",
+    }
+    assert shown["keep"].default == "[weights, optimizer, schedule, data]"
+    assert shown["validation.samples"].default == "[]"
+
+
 @pytest.mark.parametrize(
     ("key", "advice"),
     [
