@@ -27,7 +27,7 @@ FLOORS = [
     ["megaback.config_operation"],
     ["megaback.config"],
     ["megaback.branches"],
-    ["megaback.branch_order", "megaback.horizons"],
+    ["megaback.branch_order", "megaback.horizons", "megaback.given_texts"],
     ["megaback.shown_config", "megaback.config_reference"],
     ["megaback.model", "megaback.planning"],
     ["megaback.data", "megaback.optim"],
