@@ -46,7 +46,8 @@ def document_by_number(
             )
         before += entry.documents
     raise ConfigError(
-        f"--document is {number}, but the {split} set of {data_set.name} has {before} documents"
+        f"there is no document {number} (from 0): the {split} set of {data_set.name} has "
+        f"{before:,} documents"
     )
 
 
