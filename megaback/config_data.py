@@ -21,10 +21,14 @@ Address = Annotated[str, AfterValidator(kept)]
 DEFAULT_FORWARD_SHARE = 0.5
 
 
+_Position = Annotated[float, ranges.POSITION]
+_WeightOverTraining = Annotated[float, ranges.NOT_NEGATIVE]
+
+
 class WeightedShards(Section):
     path: Address
     """Folder or URL of a data set."""
-    weight: Annotated[float, ranges.POSITIVE] | dict[float, float] = 1.0
+    weight: Annotated[float, ranges.POSITIVE] | dict[_Position, _WeightOverTraining] = 1.0
     """Weight of this data set: its share of all rows, relative to the other weights. Or weights
     over training, `{0: 3, 0.8: 1}`: from each position on, the first being 0; weight 0: no rows."""
     weight_interpolation: Literal["step", "linear"] = "step"

@@ -130,7 +130,7 @@ def _keys(section: type[Section], prefix: str, fields: dict[str, FieldInfo]) -> 
 def _parts(hint: Any) -> Iterator[Any]:
     """A type and all of its type arguments."""
     yield hint
-    for part in get_args(hint) if get_origin(hint) is not Literal else ():
+    for part in get_args(hint) if get_origin(hint) not in (Literal, dict) else ():
         yield from _parts(part)  # of Annotated: the type, then its metadata
 
 
@@ -138,6 +138,8 @@ def _values(hint: Any) -> Iterator[Values]:
     for part in _parts(hint):
         if get_origin(part) is Literal:
             yield from (Values(str(value), True) for value in get_args(part))
+        elif get_origin(part) is dict:
+            yield Values("mapping of numbers to numbers", False)
         elif part is bool:
             yield from (Values("true", True), Values("false", True))
         elif isinstance(part, Range):
