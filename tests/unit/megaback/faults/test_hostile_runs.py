@@ -32,6 +32,7 @@ from megaback.yaml_text import read_yaml, read_yaml_file
 from tests.helpers.hostile_files import bounded
 from tools.plot import draw
 from tools.plot import main as plot_command
+from tools.run_views.branch_tree import TreeRun
 from tools.run_views.curves import read_curves
 from tools.status import screen, status_of
 from tools.watch import health_of
@@ -226,7 +227,7 @@ def test_names_of_runs_are_escaped_in_plots(name: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / name)
     (run / HISTORY_NAME).write_text(f"{json.dumps(_STARTED)}\n" * 3000)
     with bounded(5):
-        draw([run], tmp_path / "curves", "step", None, log=False)
+        draw([TreeRun(run)], tmp_path / "curves", "step", None, log=False)
     assert "<svg onload" not in (tmp_path / "curves.html").read_text()
 
 
@@ -235,7 +236,7 @@ def test_a_context_that_no_model_has_is_not_drawn(bucket: str, tmp_path: Path) -
     one = {"loss": 2.0, "bits_per_byte": 1.0, "targets": 1}
     run = write_run(tmp_path / "run", measured={**_MEASURED, "val_by_context": {bucket: one}})
     with pytest.raises(CheckpointCorruptError):
-        draw([run], tmp_path / "curves", "step", None, log=False)
+        draw([TreeRun(run)], tmp_path / "curves", "step", None, log=False)
 
 
 def test_a_plot_of_hostile_metrics_is_refused(tmp_path: Path) -> None:
