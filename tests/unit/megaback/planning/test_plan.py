@@ -211,7 +211,10 @@ def test_facts_of_a_data_set_are_read_from_its_manifest(tiny_shards: Path) -> No
 
 
 def test_a_plan_has_the_steps_and_epochs_of_the_run(tiny_shards: Path) -> None:
-    shards = [{"path": str(tiny_shards), "max_epochs": 2}, {"path": str(tiny_shards), "weight": 3}]
+    shards = [
+        {"path": str(tiny_shards), "max_epochs": 0.2},
+        {"path": str(tiny_shards), "weight": 3},
+    ]
     overrides = (f"data.shards={json.dumps(shards)}", "batch.context_tokens=64")
     for length in (["training.steps=300"], ["training.steps=null", "training.epochs=1.5"]):
         config = config_of("demo", *overrides, *length)

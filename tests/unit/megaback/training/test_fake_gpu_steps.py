@@ -82,11 +82,12 @@ class OneRankTrainer(Trainer):
             start_step=0,
             compiler=None,
             watchdog=SimpleNamespace(set_phase=lambda *_: None),
-            config=SimpleNamespace(optimizer=OPTIMIZER),
+            config=SimpleNamespace(optimizer=OPTIMIZER, batch=SimpleNamespace(global_batch_rows=1)),
             data=SimpleNamespace(
                 total_steps=10,
                 accumulation_steps=ACCUMULATION_STEPS,
-                training=SimpleNamespace(at=batches_of),
+                batches_at=batches_of,
+                rows_by_data_set=lambda *_: None,
             ),
         )
         maxima = SimpleNamespace(result=lambda: [0.0, 1.0])
@@ -140,7 +141,7 @@ def test_the_host_waits_once_per_step() -> None:
 def of_both(trainer: OneRankTrainer) -> OneRankTrainer:
     """The trainer with batches of rows in both directions: five tokens each."""
     is_forward_N = np.array([True, False, False, True])
-    trainer._run.data.training.at = lambda step: [
+    trainer._run.data.batches_at = lambda step: [
         replace(batch, is_forward_N=is_forward_N, num_forward_targets=10)
         for batch in batches_of(step)
     ]
