@@ -2,27 +2,31 @@
 
     python benchmarks/document_rows.py --shards data/prose --out runs/document_rows
 
-One model per seed, direction and way of cutting, on the same number of tokens, in turns. Measured
-are the run's val loss, over all tokens of the val set as a stream; the loss over the beginning of
-every document of the val set in reading order, as much as a row holds; and the time of a step.
+One model per seed, direction and way of cutting, in turns: of a stream, of whole documents in as
+many steps, so on as many positions, and of whole documents in as many steps as take the CPU time of
+the stream's. Measured are the run's val loss, over all tokens of the val set as a stream, and the
+loss over the beginning of every document of the val set in reading order, as much as a row holds.
 Differences are paired by seed. The same command resumes.
+
+The CPU time of a step is that of its rows and gradients, measured before the runs on steps of both
+ways in turns.
 """
 
 import json
 from collections.abc import Sequence
-from functools import partial
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from time import process_time
 from typing import Any
 
 import click
-import numpy as np
 from controlled.runner import DIRECTIONS, Folder, cell, cpu_line
 from smoke import Benchmark
 
 from data_pipeline.common.atomic import write_text
 from data_pipeline.common.number_ranges import COUNT
+from data_pipeline.errors import ConfigError
 from data_pipeline.loading.document_index import open_document_index
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.text.codec import Direction
@@ -30,7 +34,22 @@ from megaback.config_file import load_config
 from megaback.run_folder import complete_checkpoints
 from megaback.tracking.metrics import read_metrics
 
-ROWS = ("stream", "documents")
+_WARMUP_STEPS = 5
+_LOSSES = ("stream", "beginnings")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of cutting rows, and the length of its runs."""
+
+    name: str
+    rows: str
+    is_of_equal_time: bool = False
+
+
+STREAM = Way("stream", "stream")
+DOCUMENTS = Way("documents", "documents")
+DOCUMENTS_IN_TIME = Way("documents_in_time", "documents", is_of_equal_time=True)
 
 
 def loss_of_beginnings(path: Path, shards: Path, direction: Direction) -> float:
@@ -78,18 +97,59 @@ def loss_of_beginnings(path: Path, shards: Path, direction: Direction) -> float:
     return float(sums / targets)
 
 
-def result_of(folder: Folder, shards: Path, rows: str, direction: str, seed: int) -> dict[str, Any]:
+def step_cpu_s(
+    folder: Folder, shards: Path, direction: str, num_steps: int
+) -> dict[str, list[float]]:
+    """CPU seconds of the rows and gradients of the first steps, by way of cutting; kept."""
+    path = folder.out / f"step_cpu-{direction}.json"
+    if not path.exists():
+        import torch
+
+        from megaback.data import open_data
+        from megaback.model.gpt import ReverseGPT
+        from megaback.training.validation import to_device
+
+        overrides = (f"data.shards={shards}", f"data.direction={direction}", "data.threads=0")
+        configs = {
+            way.rows: load_config(folder.config, (*overrides, f"data.rows={way.rows}"))
+            for way in (STREAM, DOCUMENTS)
+        }
+        data = {rows: open_data(config, 0, 1) for rows, config in configs.items()}
+        config = configs[STREAM.rows]
+        context_tokens = config.batch.context_tokens
+        model = ReverseGPT(config.model.resolved(), data[STREAM.rows].codec.vocab_size)
+        model.initialize(0)
+        model.train()
+        times: dict[str, list[float]] = {rows: [] for rows in data}
+        for step in range(_WARMUP_STEPS + num_steps):
+            for rows in sorted(data, reverse=bool(step % 2)):
+                started = process_time()
+                for batch in data[rows].training.at(step):
+                    arguments = to_device(batch, torch.device("cpu"), context_tokens)
+                    model(*arguments).sum().backward()
+                times[rows].append(process_time() - started)
+                model.zero_grad()
+        found = {rows: of_rows[_WARMUP_STEPS:] for rows, of_rows in times.items()}
+        write_text(path, json.dumps(found) + "\n")
+    measured: dict[str, list[float]] = json.loads(path.read_text(encoding="utf-8"))
+    return measured
+
+
+def result_of(
+    folder: Folder, shards: Path, way: Way, direction: str, seed: int, steps: int
+) -> dict[str, Any]:
     """Train and measure one model, unless it has been."""
-    path = folder.out / "runs" / f"{rows}-{direction}-seed{seed}"
+    path = folder.out / "runs" / f"{way.name}-{direction}-seed{seed}"
     measured = path.with_suffix(".json")
     if not measured.exists():
-        overrides = (f"data.direction={direction}", f"data.rows={rows}")
+        overrides = (f"data.direction={direction}", f"data.rows={way.rows}")
+        if way.is_of_equal_time:
+            overrides = (*overrides, f"training.steps={steps}")
         cpu_s = folder.train(path, shards, *overrides, seed=seed)
         lines = read_metrics(path)
         fields = {
             "stream": [line["val_loss"] for line in lines if "val_loss" in line][-1],
             "beginnings": loss_of_beginnings(path, shards, Direction(direction)),
-            "step_s": median(line["step_s"] for line in lines if "step_s" in line),
             "targets": sum(line["targets"] for line in lines if "targets" in line),
             "cpu_s": cpu_s,
         }
@@ -98,16 +158,39 @@ def result_of(folder: Folder, shards: Path, rows: str, direction: str, seed: int
     return found
 
 
-def differences(results: dict[str, list[dict[str, Any]]], key: str) -> Sequence[float]:
-    """Value with whole documents less that of a stream, of each seed."""
-    pairs = zip(results["documents"], results["stream"], strict=True)
-    return [documents[key] - stream[key] for documents, stream in pairs]
+def print_table(
+    direction: str, results: dict[Way, list[dict[str, Any]]], steps: dict[Way, int]
+) -> None:
+    """Print the losses of a direction, and their differences from the stream's, of each seed."""
+    stream = results[STREAM]
+    for way, of_way in results.items():
+        losses = [cell([one[key] for one in of_way], 4) for key in _LOSSES]
+        title = f"{direction}, {way.rows}, {steps[way]:,} steps"
+        click.echo(f"{title:<38}{losses[0]:<22}{losses[1]}")
+        if way is STREAM:
+            continue
+        differences = [
+            cell([one[key] - other[key] for one, other in zip(of_way, stream, strict=True)], 4)
+            for key in _LOSSES
+        ]
+        kind = "equal CPU time" if way.is_of_equal_time else "equal tokens"
+        targets = sum(one["targets"] for one in of_way) / sum(one["targets"] for one in stream)
+        click.echo(
+            f"{f'  difference at {kind}':<38}{differences[0]:<22}{differences[1]}"
+            f"  ({targets:.3f} times as many targets)"
+        )
+
+
+def ratios_of(times: dict[str, list[float]]) -> Sequence[float]:
+    """CPU time of each step on whole documents, relative to the same step on the stream."""
+    pairs = zip(times[DOCUMENTS.rows], times[STREAM.rows], strict=True)
+    return [documents / stream for documents, stream in pairs]
 
 
 @click.command(
     cls=Benchmark,
     smoke="--shards {shards} --out {out} --config {config} --direction backward --num-seeds 1 "
-    "--steps 1",
+    "--steps 1 --timed-steps 2",
 )
 @click.option("--shards", type=click.Path(path_type=Path), required=True, help="Data set.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
@@ -130,6 +213,13 @@ def differences(results: dict[str, list[dict[str, Any]]], key: str) -> Sequence[
     help="Directions to train. May be repeated.",
 )
 @click.option("--steps", type=COUNT.option, help="Steps of each run. Default: the config's.")
+@click.option(
+    "--timed-steps",
+    type=COUNT.option,
+    default=60,
+    show_default=True,
+    help="Steps whose CPU time is measured, of each way of cutting.",
+)
 def main(
     shards: Path,
     out: Path,
@@ -137,40 +227,42 @@ def main(
     num_seeds: int,
     directions: tuple[str, ...],
     steps: int | None,
+    timed_steps: int,
 ) -> None:
     """Print val losses of both ways of cutting rows, for both directions."""
     folder = Folder(out, config, directions, num_seeds, steps)
     folder.claim(shards=DataSet.open(shards).manifest.fingerprint)
-    context_tokens = load_config(config).batch.context_tokens
+    settings = load_config(config)
+    context_tokens, run_steps = settings.batch.context_tokens, steps or settings.training.steps
+    if run_steps is None:
+        raise ConfigError(f"{config} has no training.steps; set it, or give --steps")
     totals = open_document_index(DataSet.open(shards), "train", context_tokens).totals
     click.echo(f"context {context_tokens:,}: {totals.describe()}")
-    result = partial(result_of, folder, shards)
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {
-        direction: {rows: [] for rows in ROWS} for direction in directions
-    }
-    for seed, direction, rows in product(range(num_seeds), directions, ROWS):
-        found[direction][rows].append(result(rows, direction, seed))
-    click.echo(f"{'trained on':<24}{'val set as a stream':<22}beginnings of documents")
+    lengths: dict[str, dict[Way, int]] = {}
     for direction in directions:
-        results = found[direction]
-        for rows in ROWS:
-            losses = [
-                cell([one[key] for one in results[rows]], 4) for key in ("stream", "beginnings")
-            ]
-            click.echo(f"{f'{direction}, {rows}':<24}{losses[0]:<22}{losses[1]}")
-        both = [cell(differences(results, key), 4) for key in ("stream", "beginnings")]
-        click.echo(f"{'  difference':<24}{both[0]:<22}{both[1]}")
-        ratios = [
-            documents["step_s"] / stream["step_s"]
-            for documents, stream in zip(results["documents"], results["stream"], strict=True)
-        ]
-        targets = np.mean([one["targets"] for one in results["documents"]]) / np.mean(
-            [one["targets"] for one in results["stream"]]
-        )
+        ratios = ratios_of(step_cpu_s(folder, shards, direction, timed_steps))
+        in_time = max(1, round(run_steps / median(ratios)))
+        lengths[direction] = {
+            STREAM: run_steps,
+            DOCUMENTS: run_steps,
+            DOCUMENTS_IN_TIME: in_time,
+        }
         click.echo(
-            f"  a step on whole documents takes {cell(ratios, 3)} times as long, for {targets:.3f} "
-            "times as many targets"
+            f"{direction}: the rows and gradients of a step on whole documents take "
+            f"{median(ratios):.3f} times the CPU time (mean of {len(ratios)} pairs of steps "
+            f"{cell(ratios, 3)})"
         )
+    found: dict[str, dict[Way, list[dict[str, Any]]]] = {
+        direction: {way: [] for way in lengths[direction]} for direction in directions
+    }
+    for seed in range(num_seeds):
+        for direction in directions:
+            for way, way_steps in lengths[direction].items():
+                result = result_of(folder, shards, way, direction, seed, way_steps)
+                found[direction][way].append(result)
+    click.echo(f"{'trained on':<38}{'val set as a stream':<22}beginnings of documents")
+    for direction, results in found.items():
+        print_table(direction, results, lengths[direction])
     click.echo(cpu_line(one for of in found.values() for some in of.values() for one in some))
 
 
