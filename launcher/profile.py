@@ -20,6 +20,7 @@ from launcher.ranks.local import count_ranks, loss_grace_s, rank_environment, ru
 from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.faults.exit_record import read_exit
+from megaback.planning.data_facts import run_facts
 from megaback.profiling.report import (
     DEFAULT_STEPS,
     MEMORY_NAME,
@@ -90,6 +91,7 @@ def main(
         is_ours=lambda path: report_path(path).is_file(),
         overwrite=overwrite,
     )
+    run_facts(settings, None, None)  # refuses data that training refuses
     settings = short_config(config, overrides, out, steps)
     processes = count_ranks(settings)
     if rank >= processes:

@@ -34,12 +34,12 @@ from megaback.branches import BranchPoint, find_branch_point
 from megaback.config import BatchSection, Config, TrainingSection, split_batch
 from megaback.config_data import DataSection
 from megaback.given_texts import GivenTexts, given_texts
-from megaback.horizons import horizons_of
 from megaback.planning.data_facts import attended_of
 from megaback.planning.data_mixture import (
     DataMixture,
     constant_mixture,
     plan_mixture,
+    require_data_to_horizons,
     rows_until_all_are_read,
 )
 
@@ -81,6 +81,11 @@ class Data:
     def data_sets(self) -> tuple[DataSet, ...]:
         """Data sets, in the order of the config."""
         return tuple(stream.rows.frames.data_set for stream in self.streams)
+
+    @property
+    def val_sets(self) -> tuple[DataSet, ...]:
+        """Data sets that have a val set, each once."""
+        return tuple(rows.frames.data_set for rows in self.val)
 
     @property
     def num_tokens(self) -> int:
@@ -170,12 +175,17 @@ class OpenShards:
         rows = _rows_per_epoch(streams)
         return plan_mixture(self.section, batch, training, rows, read_steps)
 
+    @property
+    def val_sets(self) -> tuple[DataSet, ...]:
+        """Data sets with a val set, each once, also one that is in the mixture twice."""
+        different = {data_set.manifest.fingerprint: data_set for data_set in self.data_sets}
+        return tuple(one for one in different.values() if one.manifest.split("val"))
+
     def val_rows(self, context_tokens: int) -> tuple[RowReader, ...]:
-        """Validation rows of those data sets that have a val set."""
+        """Validation rows of all val sets."""
         return tuple(
             _reader(FrameStore(data_set, "val"), context_tokens, self.section)
-            for data_set in self.data_sets
-            if data_set.manifest.split("val")
+            for data_set in self.val_sets
         )
 
     def train_rows_of(
@@ -295,7 +305,7 @@ def open_data(
     if branch is not None:
         require_steps_left(branch, config.training, config.training.steps)
     mixed = shards.mixed(batch, config.training, streams, read_steps)
-    _require_data_to_horizons(config, shards, streams)
+    require_data_to_horizons(config, _rows_per_epoch(streams))
     if branch is not None:
         require_steps_left(branch, config.training, mixed.total_steps)
     return Data(
@@ -324,24 +334,6 @@ def open_data(
             is_of_examples=shards.data_sets[0].manifest.row_tokens is not None,
         ),
     )
-
-
-def _require_data_to_horizons(
-    config: Config, shards: OpenShards, streams: Sequence[Stream]
-) -> None:
-    """Raises ConfigError if `max_epochs` ends the run before its last horizon."""
-    horizons = horizons_of(config)
-    if not horizons:
-        return
-    last = horizons[-1]
-    training = config.training.model_copy(update={"steps": last.steps})
-    mixed = shards.mixed(config.batch, training, streams)
-    if mixed.end_reason is not None:
-        raise ConfigError(
-            f"optimizer.decay_at: {last.name} tokens are {last.steps:,} steps, and the data ends "
-            f"after {mixed.total_steps:,}, as {mixed.end_reason}; raise max_epochs, or use earlier "
-            "horizons"
-        )
 
 
 def _stream(

@@ -19,7 +19,12 @@ from data_pipeline.shards.manifest import Manifest
 from megaback.branch_order import require_steps_left, whole_steps
 from megaback.branches import BranchPoint, find_branch_point
 from megaback.config import Config
-from megaback.planning.data_mixture import DataMixture, DataUse, plan_mixture
+from megaback.planning.data_mixture import (
+    DataMixture,
+    DataUse,
+    plan_mixture,
+    require_data_to_horizons,
+)
 from megaback.planning.flops import attended_tokens
 
 DEFAULT_VOCAB_SIZE = 8_888
@@ -82,7 +87,8 @@ def _lengths(data_set: DataSet) -> list[tuple[float, int]]:
 def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None) -> RunFacts:
     """Read the manifests; the arguments are used for data sets that do not exist yet.
 
-    Raises ConfigError if the arguments contradict them, and the errors of damaged data sets.
+    Raises ConfigError if the arguments contradict them or `max_epochs` ends the data before the
+    last horizon, and the errors of damaged data sets.
     """
     batch, parts = config.batch, config.data.shards
     step_tokens = batch.global_batch_rows * batch.context_tokens
@@ -116,6 +122,7 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
                 f"whole documents of {data_set.name}: {index.totals.describe()}"
                 for data_set, index in zip(data_sets, indexes, strict=True)
             ]
+        require_data_to_horizons(config, rows)
         mixed = plan_mixture(config.data, batch, training, rows, read_steps)
         total_tokens = float((mixed.total_steps - first) * step_tokens)
         attended = sum(

@@ -14,8 +14,9 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.weight_schedule import Limit, Limited, changes_of, limited, mean_shares
 from data_pipeline.redaction import shown_url
-from megaback.config import BatchSection, TrainingSection
+from megaback.config import BatchSection, Config, TrainingSection
 from megaback.config_data import DataSection, WeightedShards
+from megaback.horizons import horizons_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,22 @@ def plan_mixture(
         ),
         end_reason=end_reason,
     )
+
+
+def require_data_to_horizons(config: Config, rows_per_epoch: Sequence[int]) -> None:
+    """Raises ConfigError if `max_epochs` ends the run before its last horizon."""
+    horizons = horizons_of(config)
+    if not horizons:
+        return
+    last = horizons[-1]
+    training = config.training.model_copy(update={"steps": last.steps})
+    mixed = plan_mixture(config.data, config.batch, training, rows_per_epoch)
+    if mixed.end_reason is not None:
+        raise ConfigError(
+            f"optimizer.decay_at: {last.name} tokens are {last.steps:,} steps, and the data ends "
+            f"after {mixed.total_steps:,}, as {mixed.end_reason}; raise max_epochs, or use earlier "
+            "horizons"
+        )
 
 
 def rows_until_all_are_read(section: DataSection, rows_per_epoch: Sequence[int]) -> float:

@@ -72,6 +72,23 @@ def test_what_cannot_be_profiled_is_refused_before_ranks_start(
     assert not (tmp_path / "out").exists()
 
 
+def test_data_that_is_too_short_for_a_horizon_is_refused(
+    tmp_path: Path, config_path: Path, tiny_shards: Path
+) -> None:
+    shards = json.dumps([{"path": str(tiny_shards), "max_epochs": 1}])
+    horizon = ("optimizer.schedule=wsd", "optimizer.decay_at=[1e9]", "training.steps=null")
+
+    result = profiled(
+        config_path,
+        tmp_path / "out",
+        f"data.shards={shards}",
+        *horizon,
+        code=ConfigError.exit_code,
+    )
+
+    assert "optimizer.decay_at: 1e9 tokens are" in result.stderr
+
+
 def test_the_folder_of_others_is_kept(tmp_path: Path, config_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
 

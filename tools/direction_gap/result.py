@@ -127,7 +127,7 @@ def compare(
     on = choose_device(device)
     data = open_data(config, 0, 1)
     context_tokens = config.batch.context_tokens
-    windows = _windows(data.data_sets, context_tokens, max_documents)
+    windows = _windows(data.val_sets, context_tokens, max_documents)
     markers = Markers(data.codec.begin_id, data.codec.end_id)
     num_bytes = data.codec.piece_num_bytes()
     found: dict[Direction, list[DocumentLosses]] = {direction: [] for direction in DIRECTIONS}

@@ -115,7 +115,7 @@ def require_comparable(config: Path, overrides: tuple[str, ...], runs: list[Arro
                 f"{settings.data.description} has no val set to compare on; build one with "
                 "--val-fraction"
             )
-        num_documents = sum(one.manifest.total("val")["documents"] for one in data.data_sets)
+        num_documents = sum(one.manifest.total("val")["documents"] for one in data.val_sets)
         if num_documents < 2:
             raise SourceEmptyError(
                 f"the val set of {settings.data.description} has fewer than 2 documents, which a "

@@ -1,12 +1,13 @@
-"""Fingerprints of mixtures: those of constant weights never change."""
+"""Fingerprints of mixtures, of which those of constant weights never change, and val sets."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megaback.config_data import DataSection
-from megaback.data import _fingerprint
+from megaback.data import _fingerprint, open_shards
 
 WEIGHTS = (3, 1, 0.7)
 
@@ -57,3 +58,18 @@ def test_all_that_changes_the_rows_changes_the_fingerprint() -> None:
         mixture_with({"weight": {0: 0.7, 0.6: 1}}),
     ]
     assert len(set(found)) == len(found)
+
+
+def test_the_val_set_of_a_data_set_that_is_given_twice_is_measured_once(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tiny_shards)
+
+    def val_rows(*paths: Path) -> list[int]:
+        shards = open_shards(
+            DataSection.model_validate({"shards": [{"path": str(p)} for p in paths]})
+        )
+        return [rows.frames.num_frames for rows in shards.val_rows(64)]
+
+    assert val_rows(tiny_shards, link, tiny_shards) == val_rows(tiny_shards)

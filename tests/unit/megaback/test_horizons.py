@@ -1,5 +1,6 @@
 """Horizons: their steps and branches, and what is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megaback.horizons import (
     with_trunk_steps,
 )
 from megaback.optim.lr_schedule import rate_factor_at
+from megaback.planning.data_facts import run_facts
 from megaback.run_folder import CHECKPOINTS_FOLDER, META_NAME, step_name
 from tests.helpers.run_config import run_config
 
@@ -161,17 +163,24 @@ def test_a_horizon_that_its_trunk_has_passed_is_refused(tmp_path: Path) -> None:
         require_branch_points(config)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(lambda config: open_data(config, 0, 1), id="training"),
+        pytest.param(lambda config: run_facts(config, None, None), id="plan"),
+    ],
+)
 def test_data_that_ends_before_the_last_horizon_is_refused(
-    tmp_path: Path, tiny_shards: Path
+    tmp_path: Path, tiny_shards: Path, use: Callable[[Config], object]
 ) -> None:
     """Even where it lasts for the trunk: the branch would end before its horizon."""
     data = {"shards": [{"path": str(tiny_shards), "max_epochs": 1}]}
     longest = open_data(run_config(tmp_path, data=data, training={"steps": 10**6}), 0, 1)
 
-    def open_with(steps: int) -> None:
+    def use_with(steps: int) -> None:
         fields = config_with(tmp_path, decay_at=[steps * STEP_TOKENS]).model_dump(mode="json")
-        open_data(with_trunk_steps(Config.model_validate(fields | {"data": data})), 0, 1)
+        use(with_trunk_steps(Config.model_validate(fields | {"data": data})))
 
-    open_with(longest.total_steps)
+    use_with(longest.total_steps)
     with pytest.raises(ConfigError, match="raise max_epochs, or use earlier horizons"):
-        open_with(longest.total_steps + 1)
+        use_with(longest.total_steps + 1)
