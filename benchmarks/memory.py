@@ -34,7 +34,8 @@ from megaback.config_file import load_config
 from megaback.planning.data_facts import run_facts
 from megaback.planning.devices import cpu_device
 from megaback.planning.memory import RankMemory
-from megaback.planning.plan import Cluster, memory_of
+from megaback.planning.plan import memory_of
+from megaback.planning.run_settings import Cluster
 
 _MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "65536",

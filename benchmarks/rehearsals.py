@@ -28,7 +28,8 @@ from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.planning.data_facts import run_facts
 from megaback.planning.devices import cpu_device
-from megaback.planning.plan import DEFAULT_MFU, Cluster, RunPlan, plan_run
+from megaback.planning.plan import DEFAULT_MFU, RunPlan, plan_run
+from megaback.planning.run_settings import Cluster
 from megaback.rehearsal.job import Job, RehearsalProcess, rehearsal_config
 from megaback.rehearsal.report import RankFailure, RankReport
 from megaback.rehearsal.rows import check_rows

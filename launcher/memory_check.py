@@ -6,7 +6,8 @@ import subprocess
 from megaback.config import Config
 from megaback.planning.data_facts import run_facts
 from megaback.planning.devices import Device, devices_named_like, find_device
-from megaback.planning.plan import DEFAULT_MFU, Cluster, plan_run, require_room
+from megaback.planning.plan import DEFAULT_MFU, plan_run, require_room
+from megaback.planning.run_settings import Cluster
 
 _GPUS = re.compile(r"gpu:(?:([^:,()\s]+):)?\d+")
 

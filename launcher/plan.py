@@ -25,14 +25,10 @@ from megaback.planning.data_facts import RunFacts, run_facts
 from megaback.planning.devices import CPU, DEVICES, Device, cpu_device, find_device
 from megaback.planning.host_memory import host_memory_bytes
 from megaback.planning.memory import Parts
-from megaback.planning.plan import (
-    DEFAULT_MFU,
-    Cluster,
-    RunPlan,
-    plan_run,
-    require_room,
-    smallest_change,
-)
+from megaback.planning.network import ring_rate
+from megaback.planning.plan import DEFAULT_MFU, RunPlan, plan_run, require_room, smallest_change
+from megaback.planning.run_settings import Cluster
+from megaback.planning.step_time import StepTime
 
 nodes_option = click.option(
     "--nodes", type=MANY.option, default=1, show_default=True, help="Number of nodes."
@@ -99,7 +95,20 @@ def _gigabytes(number: float) -> str:
     return f"{gigabytes:.1f}" if gigabytes >= _ROUNDED_UP else f"{gigabytes:.3f}"
 
 
-def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu: float) -> None:
+def shown_parts(parts: StepTime) -> str:
+    """The time of a step by part, as text."""
+    hidden = ""
+    if parts.hidden_network_s >= _ROUNDED_UP * parts.total_s:
+        hidden = f" besides {parts.hidden_network_s:.3g} that computing hides"
+    return (
+        f"{parts.arithmetic_s:.3g} s of arithmetic, {parts.memory_s:.3g} bound by memory, "
+        f"{parts.network_s:.3g} of network{hidden}, {parts.host_s:.3g} of host"
+    )
+
+
+def _show(
+    config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, *, has_mfu: bool
+) -> None:
     batch, device = config.batch, cluster.device
     size = plan.size
     echo(
@@ -135,15 +144,12 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
             f"{_gigabytes(plan.memory.host_bytes_at_start_per_node)} at the start, for whole models"
         )
     link = "between nodes" if cluster.nodes > 1 else "within the node"
-    rate = device.network_bytes if cluster.nodes > 1 else device.link_bytes
-    share = ""
-    if plan.duration is not None:
-        share = f", {plan.traffic_s / plan.duration.step_s:.0%} of the compute time"
+    rate = ring_rate(device, cluster.nodes, cluster.devices_per_node)
     echo(
         f"network  {_gigabytes(plan.traffic.total)} GB per step from each rank (gradients "
         f"{_gigabytes(plan.traffic.gradient_bytes)}, weights "
         f"{_gigabytes(plan.traffic.weight_bytes)}, Muon {_gigabytes(plan.traffic.optimizer_bytes)})"
-        f": {plan.traffic_s:.2f} s {link} at {rate / _GB:.1f} GB/s{share}"
+        f": {plan.traffic_s:.2f} s {link}, in rings at {rate / _GB:.0f} GB/s"
     )
     kept = plan.checkpoints_kept
     shards = "" if facts.shard_bytes is None else f"; shards {_gigabytes(facts.shard_bytes)} GB"
@@ -152,14 +158,15 @@ def _show(config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, mfu:
     if plan.duration is None:
         echo("time     unknown: set hardware.peak_flops, the FLOP/s of a device")
     else:
-        days = ""
-        if plan.duration.days is not None and plan.duration.device_hours is not None:
-            days = (
-                f"; {plan.duration.days:.3g} days = {plan.duration.device_hours:,.0f} device-hours"
-            )
-        echo(f"time     {plan.duration.step_s:.3g} s per step at an MFU of {mfu:.0%}{days}")
+        duration, days = plan.duration, ""
+        if duration.days is not None and duration.device_hours is not None:
+            days = f"; {duration.days:.3g} days = {duration.device_hours:,.0f} device-hours"
+        echo(f"time     {duration.step_s:.3g} s per step, an MFU of {duration.mfu:.0%}{days}")
+        if plan.parts is not None and not has_mfu:
+            echo(f"         {shown_parts(plan.parts)}")
+            echo("note     time is predicted by part from published speeds (docs/planning.md)")
     if plan.duration is not None and plan.traffic_s > plan.duration.step_s:
-        echo("note     the network takes longer than the compute: this MFU cannot be reached")
+        echo("note     the network takes longer than the step: this MFU cannot be reached")
     if device.is_cpu:
         echo(
             "note     glibc keeps freed memory: allow 40% more, or export "
@@ -174,7 +181,6 @@ def to_json(
     facts: RunFacts,
     cluster: Cluster,
     plan: RunPlan,
-    mfu: float,
     change: str | None,
 ) -> dict[str, Any]:
     """The plan as JSON fields, in bytes, seconds and days."""
@@ -188,7 +194,7 @@ def to_json(
         "stages": stages,
         "fits": plan.memory.parts.total <= cluster.device.memory_bytes,
         "smallest_change": change,
-        "mfu": mfu,
+        "mfu": None if plan.duration is None else plan.duration.mfu,
         "horizons": [asdict(horizon) for horizon in horizons_of(config)],
         "cluster": asdict(cluster),
         "facts": asdict(facts),
@@ -222,9 +228,8 @@ def to_json(
 @click.option(
     "--mfu",
     type=SOME_SHARE.option,
-    default=DEFAULT_MFU,
-    show_default=True,
-    help="Model FLOPs utilization, as a fraction of the device's peak.",
+    help="Model FLOPs utilization, as a fraction of the device's peak. Default: predicted for "
+    f"GPUs, {DEFAULT_MFU} for a CPU.",
 )
 @click.option(
     "--training-tokens",
@@ -245,7 +250,7 @@ def main(
     device_name: str | None,
     memory_gb: float | None,
     network_gbits: float | None,
-    mfu: float,
+    mfu: float | None,
     training_tokens: float | None,
     vocab_size: int | None,
     as_json: bool,
@@ -268,9 +273,9 @@ def main(
     fits = plan.memory.parts.total <= chosen.memory_bytes
     if as_json:
         change = None if fits else smallest_change(settings, facts, cluster)
-        click.echo(json.dumps(to_json(settings, facts, cluster, plan, mfu, change), indent=2))
+        click.echo(json.dumps(to_json(settings, facts, cluster, plan, change), indent=2))
     else:
-        _show(settings, facts, cluster, plan, mfu)
+        _show(settings, facts, cluster, plan, has_mfu=mfu is not None)
     require_room(settings, facts, cluster, plan)
 
 

@@ -18,7 +18,8 @@ from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.planning.data_facts import run_facts
 from megaback.planning.devices import DEVICES, cpu_device
-from megaback.planning.plan import DEFAULT_MFU, Cluster, RunPlan, plan_run, require_room
+from megaback.planning.plan import DEFAULT_MFU, RunPlan, plan_run, require_room
+from megaback.planning.run_settings import Cluster
 from megaback.rehearsal.job import Device, Job, parse_ranks, rehearsal_config, rehearse
 from megaback.rehearsal.report import RankFailure, RankReport, RowsCheck
 from megaback.rehearsal.rows import check_rows

@@ -37,7 +37,8 @@ from megaback.planning.data_summary import DataSummary
 from megaback.planning.devices import CPU, DEVICES, cpu_device, find_device
 from megaback.planning.host_memory import host_memory_bytes
 from megaback.planning.new_config import NewConfig, new_config
-from megaback.planning.plan import DEFAULT_MFU, Cluster, plan_run
+from megaback.planning.plan import DEFAULT_MFU, plan_run
+from megaback.planning.run_settings import Cluster
 
 _MARK = "# Written by `megaback new"
 _GPUS_PER_NODE = 8

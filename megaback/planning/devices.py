@@ -1,9 +1,9 @@
 """Known devices: peak FLOP/s, memory and bandwidth, by name. Loads no torch.
 
 Figures are from the vendors' data sheets: dense arithmetic without sparsity, nominal memory (GB of
-10**9 bytes), links in one direction. The network between nodes is that of the vendor's eight-GPU
-server (DGX H100: 400 Gbit/s per GPU, DGX A100: 200), or 100 Gbit/s if there is none; clusters
-differ.
+10**9 bytes) and its bandwidth, links in one direction. The network between nodes is that of the
+vendor's eight-GPU server (DGX H100: 400 Gbit/s per GPU, DGX A100: 200), or 100 Gbit/s if there is
+none; clusters differ.
 """
 
 import difflib
@@ -26,6 +26,8 @@ class Device:
     """Bandwidth to the other devices of its node, in one direction."""
     network_bytes: float
     """Bandwidth to other nodes, in one direction: the device's share of the node's network."""
+    memory_rate: float | None = None
+    """Bandwidth of its memory, in bytes; None: unknown."""
 
     def peak_flops(self, precision: str) -> float | None:
         return self.bf16_flops if precision == "bf16" else self.fp32_flops
@@ -43,7 +45,13 @@ CPU = "cpu"
 
 
 def _gpu(
-    name: str, memory_gb: float, bf16: float, fp32: float, link_gb: float, network_gbit: float = 100
+    name: str,
+    memory_gb: float,
+    memory_gb_per_s: float,
+    bf16: float,
+    fp32: float,
+    link_gb: float,
+    network_gbit: float = 100,
 ) -> Device:
     return Device(
         name=name,
@@ -52,20 +60,21 @@ def _gpu(
         fp32_flops=fp32 * 1e12,
         link_bytes=link_gb * 1e9,
         network_bytes=network_gbit * 1e9 / 8,
+        memory_rate=memory_gb_per_s * 1e9,
     )
 
 
 _GPUS = (
-    _gpu("b200-180gb", 180, 2250, 75, 900, 400),
-    _gpu("h200-141gb", 141, 989, 67, 450, 400),
-    _gpu("h100-80gb", 80, 989, 67, 450, 400),
-    _gpu("h100-nvl-94gb", 94, 835, 60, 300, 200),
-    _gpu("h100-pcie-80gb", 80, 756, 51, 64, 200),
-    _gpu("a100-80gb", 80, 312, 19.5, 300, 200),
-    _gpu("a100-40gb", 40, 312, 19.5, 300, 200),
-    _gpu("l40s-48gb", 48, 362, 91.6, 32),
-    _gpu("a10-24gb", 24, 125, 31.2, 32),
-    _gpu("l4-24gb", 24, 121, 30.3, 32),
+    _gpu("b200-180gb", 180, 8000, 2250, 75, 900, 400),
+    _gpu("h200-141gb", 141, 4800, 989, 67, 450, 400),
+    _gpu("h100-80gb", 80, 3350, 989, 67, 450, 400),
+    _gpu("h100-nvl-94gb", 94, 3900, 835, 60, 300, 200),
+    _gpu("h100-pcie-80gb", 80, 2000, 756, 51, 64, 200),
+    _gpu("a100-80gb", 80, 2039, 312, 19.5, 300, 200),
+    _gpu("a100-40gb", 40, 1555, 312, 19.5, 300, 200),
+    _gpu("l40s-48gb", 48, 864, 362, 91.6, 32),
+    _gpu("a10-24gb", 24, 600, 125, 31.2, 32),
+    _gpu("l4-24gb", 24, 300, 121, 30.3, 32),
 )
 # V100s have no bf16: only fp32 runs can be planned for them.
 _V100S = tuple(
@@ -76,6 +85,7 @@ _V100S = tuple(
         fp32_flops=15.7e12,
         link_bytes=150e9,
         network_bytes=12.5e9,
+        memory_rate=900e9,
     )
     for memory_gb in (32, 16)
 )

@@ -5,9 +5,12 @@ backward), and 12 per dimension of every head and layer and per attended token. 
 FLOPs, without recomputation (activation checkpointing) and without anything but matrix products.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megaback.config import ModelSection
+
+_NEWTON_SCHULZ_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ def flops_per_token(shape: ModelSection, vocab_size: int, attended_tokens: float
     multiplying = ModelSize.of(shape, vocab_size).matrices + vocab_size * shape.width
     attention = 12 * shape.num_layers * shape.num_heads * shape.head_dim * attended_tokens
     return 6.0 * multiplying + attention
+
+
+def orthogonalization_flops(matrices: Iterable[tuple[int, int]]) -> float:
+    """FLOPs of Muon's orthogonalization of matrices, of (rows, columns)."""
+    total = 0.0
+    for rows, columns in matrices:
+        low, high = min(rows, columns), max(rows, columns)
+        total += _NEWTON_SCHULZ_STEPS * (4 * low * low * high + 2 * low**3)
+    return total
 
 
 def attended_tokens(document_tokens: float, context_tokens: int) -> float:

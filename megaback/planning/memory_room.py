@@ -13,7 +13,8 @@ from megaback.config import Config
 from megaback.planning.data_facts import RunFacts
 from megaback.planning.devices import CPU, Device
 from megaback.planning.memory import Parts, RankMemory
-from megaback.planning.plan import Cluster, advice_to_fit, memory_of
+from megaback.planning.plan import advice_to_fit, memory_of
+from megaback.planning.run_settings import Cluster
 
 _MAX_OVERESTIMATE = 1.05
 """Maximum ratio of estimated to measured memory; 1.04 was found: benchmarks/README.md."""

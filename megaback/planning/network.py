@@ -1,4 +1,4 @@
-"""Network traffic of a training step, and its duration without overlap. Loads no torch.
+"""Network traffic of a training step, and the rates at which it is sent. Loads no torch.
 
 Bytes sent per rank with ring algorithms (Patarasuk and Yuan, 2009): for n bytes on W ranks, an
 all-gather, reduce-scatter or reduce sends n (W - 1) / W, an all-reduce twice as much. The
@@ -14,6 +14,7 @@ from megaback.config import ModelSection
 from megaback.planning.devices import Device
 from megaback.planning.flops import ModelSize
 from megaback.planning.matrix_shares import matrix_share, matrix_shares
+from megaback.planning.rates import assumed
 
 _KEPT_ELEMENTS = 1_000_000_000
 """Weights that stage 3 keeps gathered until the backward pass: DeepSpeed's max_reuse_distance."""
@@ -29,14 +30,38 @@ class Traffic:
     """Gathering Muon's matrices and scattering the results."""
     reduction: str
     """Collective that adds the gradients: all-reduce, reduce or reduce-scatter."""
+    weight_passes: int = 1
+    """Number of times that stage 3 gathers the weights per micro-batch."""
 
     @property
     def total(self) -> float:
         return self.gradient_bytes + self.weight_bytes + self.optimizer_bytes
 
-    def seconds(self, device: Device, nodes: int) -> float:
-        """Seconds to send all of it over the slowest link."""
-        return self.total / (device.network_bytes if nodes > 1 else device.link_bytes)
+    def seconds(self, device: Device, nodes: int, devices_per_node: int) -> float:
+        """Seconds to send all of it, without latency and overlap."""
+        rings = self.gradient_bytes + self.weight_bytes
+        exchange = self.optimizer_bytes / exchange_rate(device, nodes)
+        return rings / ring_rate(device, nodes, devices_per_node) + exchange
+
+
+def ring_rate(device: Device, nodes: int, devices_per_node: int) -> float:
+    """Bytes per second that a rank sends in a ring.
+
+    Between nodes, NCCL has a ring per network card, which crosses each pair of nodes once with its
+    part of the bytes, so that all cards of a node carry what one rank sends
+    (NVIDIA/nccl#601, NVIDIA/nccl-tests#290).
+    """
+    link = device.link_bytes * assumed("LINK_SHARE")
+    if nodes == 1:
+        return link
+    return min(link, devices_per_node * device.network_bytes * assumed("NETWORK_SHARE"))
+
+
+def exchange_rate(device: Device, nodes: int) -> float:
+    """Bytes per second that a rank sends to all others, each with a part of its own."""
+    if nodes == 1:
+        return device.link_bytes * assumed("LINK_SHARE")
+    return device.network_bytes * assumed("NETWORK_SHARE")
 
 
 def step_traffic(
@@ -73,7 +98,7 @@ def step_traffic(
     if stage == 3:
         passes = 1 if size.total <= _KEPT_ELEMENTS else 2
         gathered = passes * accumulation_steps * weights
-        return Traffic(gradients, gathered, exchanged, "reduce-scatter")
+        return Traffic(gradients, gathered, exchanged, "reduce-scatter", passes)
     if reduction == "reduce":
         return Traffic(gradients, weights, exchanged, "reduce")
     return Traffic(2 * gradients, weights, exchanged, "all-reduce")

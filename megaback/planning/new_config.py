@@ -15,7 +15,8 @@ from megaback.planning.budget import Budget, SizedRun, sized_run
 from megaback.planning.data_facts import RunFacts
 from megaback.planning.data_summary import DataSummary
 from megaback.planning.flops import ModelSize
-from megaback.planning.plan import Cluster, fits
+from megaback.planning.plan import fits
+from megaback.planning.run_settings import Cluster
 
 _MAX_MICRO_TOKENS = {True: 8_192, False: 65_536}
 """Maximum tokens per micro-batch, on a CPU and on a GPU."""

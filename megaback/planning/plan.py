@@ -11,16 +11,15 @@ from math import ceil
 
 from data_pipeline.errors import BatchError, NotEnoughMemoryError
 from megaback.config import Config, split_batch
-from megaback.planning.activation_memory import Attention
 from megaback.planning.data_facts import RunFacts
-from megaback.planning.devices import Device
 from megaback.planning.flops import ModelSize, flops_per_token
-from megaback.planning.memory import RankMemory, Setting, checkpoint_bytes, rank_memory
-from megaback.planning.network import Traffic, step_traffic
+from megaback.planning.memory import RankMemory, checkpoint_bytes, rank_memory
+from megaback.planning.network import Traffic
+from megaback.planning.run_settings import Cluster, peak_flops, setting_of, time_of, traffic_of
+from megaback.planning.step_time import StepTime
 
 DEFAULT_MFU = 0.4
 """Model FLOPs utilization of published runs on A100s and H100s: docs/scale.md."""
-_MAX_FLASH_HEAD_DIM = 256
 _MAX_CHANGES = 3
 _MAX_NODE_DOUBLINGS = 6
 _DAY_S = 86_400
@@ -28,27 +27,11 @@ _NODES = "--nodes"
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """Devices, one rank each."""
-
-    nodes: int
-    devices_per_node: int
-    device: Device
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.devices_per_node
-
-    @property
-    def shown(self) -> str:
-        return f"{self.nodes} x {self.devices_per_node} {self.device.name}"
-
-
-@dataclass(frozen=True)
 class Duration:
-    """Duration of a run at an MFU."""
+    """Duration of a run."""
 
     step_s: float
+    mfu: float
     days: float | None
     device_hours: float | None
 
@@ -69,6 +52,8 @@ class RunPlan:
     """ZeRO stage of the config."""
     traffic: Traffic
     traffic_s: float
+    parts: StepTime | None
+    """Time of a step by part; None: on a CPU, or on a device of unknown rates."""
     duration: Duration | None
     """Duration; None: the device's peak FLOP/s is unknown."""
     checkpoint_bytes: float
@@ -81,36 +66,33 @@ class RunPlan:
 
 
 def plan_run(
-    config: Config, facts: RunFacts, cluster: Cluster, mfu: float, rank: int | None = None
+    config: Config,
+    facts: RunFacts,
+    cluster: Cluster,
+    mfu: float | None = None,
+    rank: int | None = None,
 ) -> RunPlan:
     """Plan a run. Raises BatchError if the batch is not divisible by the ranks.
 
-    Memory and traffic are those of a rank, by default of the one that has most.
+    Memory and traffic are those of a rank, by default of the one that has most. The duration is
+    that of the time by part, or at an MFU if one is given or there are no parts.
     """
     micro_rows, accumulation = split_batch(config.batch, cluster.ranks)
-    stage, precision = config.zero.stage, config.training.precision
     flops = flops_per_token(config.model, facts.vocab_size, facts.attended_tokens)
     step_tokens = config.batch.global_batch_rows * config.batch.context_tokens
     steps = None if facts.total_tokens is None else ceil(facts.total_tokens / step_tokens)
-    peak = config.hardware.peak_flops or cluster.device.peak_flops(precision)
+    parts = time_of(config, facts, cluster, rank)
+    peak = peak_flops(config, cluster.device)
     duration = None
     if peak is not None:
-        step_s = step_tokens * flops / (cluster.ranks * peak * mfu)
+        ideal_s = step_tokens * flops / (cluster.ranks * peak)
+        if mfu is None:
+            mfu = DEFAULT_MFU if parts is None else ideal_s / parts.total_s
+        step_s = ideal_s / mfu
         days = None if steps is None else steps * step_s / _DAY_S
-        duration = Duration(step_s, days, None if days is None else days * 24 * cluster.ranks)
-    traffic = step_traffic(
-        config.model,
-        facts.vocab_size,
-        ranks=cluster.ranks,
-        accumulation_steps=accumulation,
-        stage=stage,
-        precision=precision,
-        optimizer=config.optimizer.name,
-        rank=rank,
-        has_fp32_accumulators=config.has_fp32_accumulators,
-        reduces_once=config.reduces_once(accumulation),
-        reduction=config.zero.reduction,
-    )
+        hours = None if days is None else days * 24 * cluster.ranks
+        duration = Duration(step_s, mfu, days, hours)
+    traffic = traffic_of(config, facts, cluster, rank)
     return RunPlan(
         size=ModelSize.of(config.model, facts.vocab_size),
         flops_per_token=flops,
@@ -121,11 +103,12 @@ def plan_run(
         stages={
             other: memory_of(config, facts, cluster, stage=other, rank=rank)
             for other in (0, 1, 2, 3)
-            if other == stage or config.zero.offload == "none"
+            if other == config.zero.stage or config.zero.offload == "none"
         },
-        stage=stage,
+        stage=config.zero.stage,
         traffic=traffic,
-        traffic_s=traffic.seconds(cluster.device, cluster.nodes),
+        traffic_s=traffic.seconds(cluster.device, cluster.nodes, cluster.devices_per_node),
+        parts=parts,
         duration=duration,
         checkpoint_bytes=checkpoint_bytes(config.model, facts.vocab_size, config.optimizer.name),
         checkpoints_kept=None if steps is None else _checkpoints_kept(config, steps),
@@ -145,30 +128,7 @@ def memory_of(
     """
     if stage is not None:
         config = config.model_copy(update={"zero": config.zero.model_copy(update={"stage": stage})})
-    micro_rows, accumulation = split_batch(config.batch, cluster.ranks)
-    return rank_memory(
-        Setting(
-            shape=config.model,
-            vocab_size=facts.vocab_size,
-            micro_batch_tokens=micro_rows * config.batch.context_tokens,
-            accumulates=accumulation > 1,
-            ranks=cluster.ranks,
-            ranks_per_node=cluster.devices_per_node,
-            stage=config.zero.stage,
-            precision=config.training.precision,
-            checkpointing=config.training.activation_checkpointing,
-            optimizer=config.optimizer.name,
-            offload=config.zero.offload,
-            loss_chunk_tokens=config.training.loss_chunk_tokens,
-            attention=_attention(config, cluster.device),
-            saves_while_training=config.checkpoint.every_steps is not None,
-            is_cpu=cluster.device.is_cpu,
-            rank=rank,
-            has_fp32_accumulators=config.has_fp32_accumulators,
-            reduces_once=config.reduces_once(accumulation),
-            overlaps=config.zero.overlaps_communication,
-        )
-    )
+    return rank_memory(setting_of(config, facts, cluster, rank))
 
 
 def fits(config: Config, facts: RunFacts, cluster: Cluster) -> bool:
@@ -283,16 +243,6 @@ def _is_allowed(config: Config) -> bool:
     minimum = {"none": 0, "optimizer": 1, "parameters": 3}[config.zero.offload]
     maximum = 2 if config.training.compile == "on" else 3
     return minimum <= config.zero.stage <= maximum
-
-
-def _attention(config: Config, device: Device) -> Attention:
-    """Backend that hardware.attention selects on a device; all kernels need the same memory."""
-    can_flash = (
-        not device.is_cpu
-        and config.training.precision == "bf16"
-        and config.model.head_dim <= _MAX_FLASH_HEAD_DIM
-    )
-    return "flash_attn" if can_flash and config.hardware.attention != "sdpa" else "sdpa"
 
 
 def _checkpoints_kept(config: Config, steps: int) -> int:

@@ -19,7 +19,7 @@ from functools import cache
 from itertools import pairwise
 
 from megaback.config import ModelSection
-from megaback.planning.flops import ModelSize
+from megaback.planning.flops import ModelSize, orthogonalization_flops
 from megaback.planning.matrix_shares import matrices_of
 
 TOKENS_PER_PARAMETER = 12
@@ -31,7 +31,6 @@ _LADDER_PARAMETERS = 108e6
 _LADDER_TOKENS = 20 * _LADDER_PARAMETERS
 _LADDER_BATCH_TOKENS = 160 * 2048
 _LADDER_LEARNING_RATE = 0.0047 / 2
-_NEWTON_SCHULZ_STEPS = 5
 _MAX_TIED_SHARE = 1 / 3
 _ASPECTS = ((128, 32.0), (768, 64.0), (2048, 128.0))
 """Width and ratio of width to depth: configs/demo.yaml, OLMo-core's 190M and its 1B."""
@@ -107,8 +106,4 @@ def context_tokens(parameters: float) -> int:
 
 def muon_flops(shape: ModelSection) -> float:
     """FLOPs of Muon's orthogonalization per step, over all ranks at ZeRO stages 1 to 3."""
-    total = 0.0
-    for rows, columns in matrices_of(shape):
-        low, high = min(rows, columns), max(rows, columns)
-        total += _NEWTON_SCHULZ_STEPS * (4 * low * low * high + 2 * low**3)
-    return total
+    return orthogonalization_flops(matrices_of(shape))

@@ -7,7 +7,8 @@ import pytest
 from megaback.config import Config
 from megaback.planning.data_facts import run_facts
 from megaback.planning.devices import cpu_device
-from megaback.planning.plan import Cluster, plan_run
+from megaback.planning.plan import plan_run
+from megaback.planning.run_settings import Cluster
 from megaback.rehearsal.job import Job, rehearsal_config, rehearse
 from megaback.rehearsal.report import RankReport
 

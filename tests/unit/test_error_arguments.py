@@ -74,7 +74,7 @@ def test_no_library_error_names_an_option() -> None:
             "119: pip install --no-build-isolation -e '.[flash]'",
             "129: pip install --pre flash-attn-4",
         ],
-        "megaback/planning/plan.py": ["27: --nodes"],  # a word of command lines that it makes
+        "megaback/planning/plan.py": ["26: --nodes"],  # a word of command lines that it makes
     }
 
 

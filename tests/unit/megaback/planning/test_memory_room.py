@@ -11,7 +11,8 @@ from megaback.planning.data_facts import RunFacts
 from megaback.planning.devices import Device
 from megaback.planning.host_memory import cgroup_limits, host_memory_bytes
 from megaback.planning.memory_room import AvailableMemory, certain_bytes, require_memory
-from megaback.planning.plan import Cluster, memory_of
+from megaback.planning.plan import memory_of
+from megaback.planning.run_settings import Cluster
 from tests.helpers.run_config import run_config
 
 VOCAB_SIZE = 8_888

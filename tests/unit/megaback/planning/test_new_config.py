@@ -11,7 +11,8 @@ from megaback.planning.config_text import config_text
 from megaback.planning.data_summary import DataSummary
 from megaback.planning.devices import cpu_device, find_device
 from megaback.planning.new_config import NewConfig, new_config
-from megaback.planning.plan import Cluster, plan_run, require_room
+from megaback.planning.plan import plan_run, require_room
+from megaback.planning.run_settings import Cluster
 
 CPU = Cluster(1, 1, cpu_device(256e9, None))
 H100 = Cluster(1, 1, find_device("h100-80gb"))

@@ -17,7 +17,8 @@ from megaback.data import open_data
 from megaback.planning.data_facts import RunFacts, run_facts
 from megaback.planning.devices import DEVICES, cpu_device, devices_named_like, find_device
 from megaback.planning.network import step_traffic
-from megaback.planning.plan import Cluster, fits, memory_of, plan_run, smallest_change
+from megaback.planning.plan import fits, memory_of, plan_run, smallest_change
+from megaback.planning.run_settings import Cluster
 from tests.helpers.paths import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -271,7 +272,7 @@ def test_the_command_prints_every_part_and_its_assumptions(run_megaback: RunMega
     assert starts[:4] == ["model", "step", "run", "memory"]
     assert {"host", "network", "disk", "time", "note"} <= set(starts)
     assert "7,052,406,784 parameters" in done.stdout
-    assert "MFU of 40%" in done.stdout
+    assert "of arithmetic," in done.stdout
 
 
 def test_a_run_that_does_not_fit_has_its_own_exit_code_and_a_suggested_change(

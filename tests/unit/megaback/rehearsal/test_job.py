@@ -9,7 +9,8 @@ from data_pipeline.errors import BatchError, CheckpointMissingError, ConfigError
 from megaback.config import Config
 from megaback.planning.data_facts import run_facts
 from megaback.planning.devices import cpu_device
-from megaback.planning.plan import Cluster, RunPlan, plan_run
+from megaback.planning.plan import RunPlan, plan_run
+from megaback.planning.run_settings import Cluster
 from megaback.rehearsal.job import Job, parse_ranks, rehearsal_config, rehearse
 from megaback.rehearsal.report import RankFailure, RankReport
 from megaback.rehearsal.rows import check_rows

@@ -1,0 +1,113 @@
+"""Settings of memory, network and time that follow from a config and a cluster. Loads no torch."""
+
+from dataclasses import dataclass
+
+from megaback.config import Config, split_batch
+from megaback.planning.activation_memory import Attention
+from megaback.planning.data_facts import RunFacts
+from megaback.planning.devices import Device
+from megaback.planning.memory import Setting
+from megaback.planning.network import Traffic, step_traffic
+from megaback.planning.step_time import StepTime, TimedStep, step_time
+
+_MAX_FLASH_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Devices, one rank each."""
+
+    nodes: int
+    devices_per_node: int
+    device: Device
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.devices_per_node
+
+    @property
+    def shown(self) -> str:
+        return f"{self.nodes} x {self.devices_per_node} {self.device.name}"
+
+
+def setting_of(
+    config: Config, facts: RunFacts, cluster: Cluster, rank: int | None = None
+) -> Setting:
+    """Settings that determine a rank's memory. Raises BatchError."""
+    micro_rows, accumulation = split_batch(config.batch, cluster.ranks)
+    return Setting(
+        shape=config.model,
+        vocab_size=facts.vocab_size,
+        micro_batch_tokens=micro_rows * config.batch.context_tokens,
+        accumulates=accumulation > 1,
+        ranks=cluster.ranks,
+        ranks_per_node=cluster.devices_per_node,
+        stage=config.zero.stage,
+        precision=config.training.precision,
+        checkpointing=config.training.activation_checkpointing,
+        optimizer=config.optimizer.name,
+        offload=config.zero.offload,
+        loss_chunk_tokens=config.training.loss_chunk_tokens,
+        attention=_attention(config, cluster.device),
+        saves_while_training=config.checkpoint.every_steps is not None,
+        is_cpu=cluster.device.is_cpu,
+        rank=rank,
+        has_fp32_accumulators=config.has_fp32_accumulators,
+        reduces_once=config.reduces_once(accumulation),
+        overlaps=config.zero.overlaps_communication,
+    )
+
+
+def traffic_of(
+    config: Config, facts: RunFacts, cluster: Cluster, rank: int | None = None
+) -> Traffic:
+    """Traffic of a rank per step. Raises BatchError."""
+    _, accumulation = split_batch(config.batch, cluster.ranks)
+    return step_traffic(
+        config.model,
+        facts.vocab_size,
+        ranks=cluster.ranks,
+        accumulation_steps=accumulation,
+        stage=config.zero.stage,
+        precision=config.training.precision,
+        optimizer=config.optimizer.name,
+        rank=rank,
+        has_fp32_accumulators=config.has_fp32_accumulators,
+        reduces_once=config.reduces_once(accumulation),
+        reduction=config.zero.reduction,
+    )
+
+
+def time_of(
+    config: Config, facts: RunFacts, cluster: Cluster, rank: int | None = None
+) -> StepTime | None:
+    """Time of a step, by part; None on a CPU or a device of unknown rates. Raises BatchError."""
+    peak = peak_flops(config, cluster.device)
+    if peak is None or cluster.device.is_cpu:
+        return None
+    _, accumulation = split_batch(config.batch, cluster.ranks)
+    step = TimedStep(
+        setting=setting_of(config, facts, cluster, rank),
+        traffic=traffic_of(config, facts, cluster, rank),
+        nodes=cluster.nodes,
+        micro_batches=accumulation,
+        attended_tokens=facts.attended_tokens,
+        is_compiled=config.zero.stage < 3 and config.training.may_compile_on(False),
+        peak_flops=peak,
+    )
+    return step_time(step, cluster.device)
+
+
+def peak_flops(config: Config, device: Device) -> float | None:
+    """Peak FLOP/s of a device in the run's precision."""
+    return config.hardware.peak_flops or device.peak_flops(config.training.precision)
+
+
+def _attention(config: Config, device: Device) -> Attention:
+    """Backend that hardware.attention selects on a device; all kernels need the same memory."""
+    can_flash = (
+        not device.is_cpu
+        and config.training.precision == "bf16"
+        and config.model.head_dim <= _MAX_FLASH_HEAD_DIM
+    )
+    return "flash_attn" if can_flash and config.hardware.attention != "sdpa" else "sdpa"

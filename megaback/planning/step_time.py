@@ -1,0 +1,240 @@
+"""Time of a training step on GPUs, by part, as a roofline with stated assumptions. Loads no torch.
+
+Arithmetic: matrix products, each bound by the peak or by the memory (Williams et al., "Roofline",
+2009), attention, and Muon's orthogonalization. Memory-bound work: norms, rotary positions, SwiGLU,
+residuals, losses, sums of gradients and the update. Network: what neither pass hides. Host: kernels
+that are launched more slowly than they run, waits, and offloaded work. What is assumed of rates is
+in `planning.rates`; `benchmarks/published_speeds.py` compares the sum with published runs.
+"""
+
+from dataclasses import dataclass
+from math import ceil, log2
+
+from megaback.config import ModelSection
+from megaback.planning.devices import Device
+from megaback.planning.flops import ModelSize, orthogonalization_flops
+from megaback.planning.matrix_shares import MatrixShape, matrices_of, matrix_share, matrix_shares
+from megaback.planning.memory import Setting, bucket_elements
+from megaback.planning.network import Traffic, exchange_rate, ring_rate
+from megaback.planning.rates import assumed, attention_share, matmul_share
+
+_LOSS_PASSES = 16
+"""Bytes moved per logit: bf16 written and read, fp32 written, read twice, and the gradient."""
+_UPDATE_BYTES = 44
+"""Bytes moved per parameter of an update: moments, master weight, gradient, norm and clipping."""
+_HOST_UPDATE_BYTES = 28
+_SUM_ACCESSES = 5
+"""Reads and writes of a gradient that is added to a sum and copied to a bucket."""
+_KERNELS = {True: (12, 25, 10), False: (40, 80, 25)}
+"""Kernels of a block's forward and backward pass, and of a chunk of the loss, by compilation."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, by part."""
+
+    arithmetic_s: float
+    memory_s: float
+    """Work that the memory's bandwidth limits."""
+    network_s: float
+    """Communication that nothing hides."""
+    host_s: float
+    """Time in which the device waits for the host."""
+    hidden_network_s: float
+    """Communication during the forward and backward pass; not part of the total."""
+
+    @property
+    def total_s(self) -> float:
+        return self.arithmetic_s + self.memory_s + self.network_s + self.host_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedStep:
+    """Settings that determine a step's time."""
+
+    setting: Setting
+    traffic: Traffic
+    nodes: int
+    micro_batches: int
+    attended_tokens: float
+    is_compiled: bool
+    peak_flops: float
+
+    @property
+    def size(self) -> ModelSize:
+        return ModelSize.of(self.setting.shape, self.setting.vocab_size)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Seconds of computing."""
+
+    arithmetic_s: float
+    memory_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.arithmetic_s + self.memory_s
+
+
+def step_time(step: TimedStep, device: Device) -> StepTime | None:
+    """Time of a step; None if the bandwidth of the device's memory is unknown."""
+    if device.memory_rate is None:
+        return None
+    memory_rate = device.memory_rate * assumed("MEMORY_SHARE")
+    forward, backward = _passes(step, device, memory_rate)
+    update = _update(step, device, memory_rate)
+    exposed, hidden = _network(step, device, forward.total_s, backward.total_s)
+    count = step.micro_batches
+    computing = forward.total_s + backward.total_s
+    launches = max(_launches_s(step) - computing, 0.0)
+    return StepTime(
+        arithmetic_s=count * (forward.arithmetic_s + backward.arithmetic_s) + update.arithmetic_s,
+        memory_s=count * (forward.memory_s + backward.memory_s) + update.memory_s,
+        network_s=exposed,
+        host_s=count * launches + assumed("STEP_HOST_S") + _offload_s(step),
+        hidden_network_s=hidden,
+    )
+
+
+def _passes(step: TimedStep, device: Device, memory_rate: float) -> tuple[_Work, _Work]:
+    """Forward and backward pass of a micro-batch; the former has the loss and its gradient."""
+    setting, shape, size = step.setting, step.setting.shape, step.size
+    tokens, layers = setting.micro_batch_tokens, shape.num_layers
+    value_bytes = 4 if setting.precision == "fp32" else 2
+    peak = step.peak_flops * matmul_share(device)
+
+    def product_s(rows: float, inner: int, columns: int) -> float:
+        moved = value_bytes * (rows * inner + rows * columns + inner * columns)
+        return max(2.0 * rows * inner * columns / peak, moved / memory_rate)
+
+    products = sum(
+        product_s(tokens, inner, columns)
+        for columns, inner in matrices_of(shape.model_copy(update={"num_layers": 1}))
+    )
+    attention_flops = 4.0 * shape.num_heads * shape.head_dim * step.attended_tokens * tokens
+    attention = attention_flops / (step.peak_flops * attention_share(device))
+    once = layers * (products + attention)
+
+    chunk = min(setting.loss_chunk_tokens, tokens)
+    head = 3 * tokens / chunk * product_s(chunk, shape.width, setting.vocab_size)
+
+    eager = 1.0 if step.is_compiled else assumed("EAGER_PASSES")
+    blocks = eager * layers * tokens * value_bytes * _elements(shape)
+    weight = setting.vocab_size * shape.width
+    # The head's gradient of a chunk is added to an fp32 sum.
+    loss = eager * _LOSS_PASSES * setting.vocab_size * tokens + 12.0 * weight * tokens / chunk
+    sums = _SUM_ACCESSES * setting.accumulator_bytes * size.total
+    is_recomputed = setting.checkpointing != "none"
+    again = once if setting.checkpointing == "block" else 0.0
+    return (
+        _Work(once + head, (blocks + loss) / memory_rate),
+        _Work(2 * once + again, ((3 if is_recomputed else 2) * blocks + sums) / memory_rate),
+    )
+
+
+def _elements(shape: ModelSection) -> float:
+    """Elements per token that a block's forward pass reads and writes beside matrix products.
+
+    Fused as Inductor does: two residual sums with the norms that follow, rotary positions with the
+    norms of queries and keys, and SwiGLU.
+    """
+    kv_width = shape.kv_heads * shape.head_dim
+    return 2 * 4 * shape.width + 2 * (shape.width + kv_width) + 3 * shape.hidden_mlp_width
+
+
+def _update(step: TimedStep, device: Device, memory_rate: float) -> _Work:
+    """Update of the rank that does most."""
+    setting, size = step.setting, step.size
+    ranks = setting.ranks if setting.stage else 1
+    updated = 0.0 if setting.offload != "none" else size.total / ranks
+    arithmetic = 0.0
+    if setting.optimizer == "muon":
+        flops = max(map(orthogonalization_flops, _owned(setting)), default=0.0)
+        arithmetic = flops / (step.peak_flops * matmul_share(device))
+    return _Work(arithmetic, _UPDATE_BYTES * updated / memory_rate)
+
+
+def _owned(setting: Setting) -> list[tuple[MatrixShape, ...]]:
+    """Matrices that each rank orthogonalizes."""
+    if not setting.stage:
+        return [matrices_of(setting.shape)]
+    if setting.rank is not None:
+        share = matrix_share(setting.shape, setting.ranks, setting.stage, setting.rank)
+        return [share.owned]
+    shares = matrix_shares(setting.shape, setting.ranks, setting.stage)
+    return list({share.owned: None for share in shares})
+
+
+def _network(
+    step: TimedStep, device: Device, forward_s: float, backward_s: float
+) -> tuple[float, float]:
+    """Seconds of communication that are exposed, and that passes hide."""
+    setting, traffic, count = step.setting, step.traffic, step.micro_batches
+    if setting.ranks == 1:
+        return 0.0, 0.0
+    rate = ring_rate(device, step.nodes, setting.ranks_per_node)
+    latency = assumed("CALL_LATENCY_S") * log2(setting.ranks)
+    buckets = ceil(step.size.total / bucket_elements(step.size.total))
+    exchange = traffic.optimizer_bytes / exchange_rate(device, step.nodes)
+    if setting.stage == 3:
+        return _stage3_network(step, rate, latency, forward_s, backward_s, exchange)
+    reductions = count if setting.stage == 2 and not setting.reduces_once else 1
+    calls = buckets * (setting.ranks if traffic.reduction == "reduce" else 1)
+    reduction = traffic.gradient_bytes / reductions / rate + calls * latency
+    weights = traffic.weight_bytes / rate + (buckets * latency if setting.stage else 0.0)
+    hidden = 0.0
+    if setting.overlaps and setting.stage and not setting.reduces_once:
+        hidden = min(reduction, assumed("OVERLAP_SHARE") * backward_s)
+    exposed = reductions * (reduction - hidden) + weights + exchange
+    return exposed, reductions * hidden
+
+
+def _stage3_network(
+    step: TimedStep,
+    rate: float,
+    latency: float,
+    forward_s: float,
+    backward_s: float,
+    exchange_s: float,
+) -> tuple[float, float]:
+    """The same at stage 3, which gathers weights layer by layer, and reduces as it goes back."""
+    setting, traffic, count = step.setting, step.traffic, step.micro_batches
+    calls = setting.shape.num_layers * latency
+    gathers = traffic.weight_passes * count
+    gather = traffic.weight_bytes / gathers / rate + calls
+    reductions = 1 if setting.reduces_once else count
+    reduction = traffic.gradient_bytes / reductions / rate + calls
+    share = assumed("OVERLAP_SHARE") if setting.overlaps else 0.0
+    ahead = min(gather, share * forward_s)
+    during = gather * (traffic.weight_passes - 1)
+    if not setting.reduces_once:
+        during += reduction
+    behind = min(during, share * backward_s)
+    exposed = count * (gather - ahead + during - behind) + exchange_s
+    if setting.reduces_once:
+        exposed += reduction
+    return exposed, count * (ahead + behind)
+
+
+def _launches_s(step: TimedStep) -> float:
+    """Seconds of the host to launch a micro-batch's kernels."""
+    setting = step.setting
+    forward, backward, loss = _KERNELS[step.is_compiled]
+    again = forward if setting.checkpointing == "block" else 0
+    chunks = ceil(setting.micro_batch_tokens / setting.loss_chunk_tokens)
+    kernels = setting.shape.num_layers * (forward + backward + again) + chunks * loss
+    return kernels * assumed("LAUNCH_S")
+
+
+def _offload_s(step: TimedStep) -> float:
+    """Seconds of transfers to the host and of its update, which nothing hides."""
+    setting = step.setting
+    if setting.offload == "none":
+        return 0.0
+    share = step.size.total / setting.ranks
+    moved = share * (setting.accumulator_bytes * step.micro_batches + setting.weight_bytes)
+    if setting.offload == "parameters":
+        moved += share * setting.weight_bytes * step.traffic.weight_passes * step.micro_batches
+    host = _HOST_UPDATE_BYTES * share * setting.ranks_per_node / assumed("HOST_MEMORY_BYTES")
+    return moved / assumed("HOST_LINK_BYTES") + host
