@@ -161,12 +161,14 @@ def sent(report: dict[str, Any], plan: RunPlan) -> Comparison:
     """Sum of the MB sent, and the difference of the kind of collective whose plan is worst."""
     planned = planned_bytes(plan)
     measured = {
-        one["kind"]: one["sent_bytes"] for one in report["traffic"] if one["group"] == "engine"
+        (one["group"], one["kind"]): one["sent_bytes"]
+        for one in report["traffic"]
+        if one["group"] != "control"
     }
     differences = [
-        (planned.get(kind, 0.0) - measured.get(kind, 0)) / max(measured.get(kind, 0), 1)
-        for kind in planned | measured
-        if planned.get(kind, 0.0) + measured.get(kind, 0) > _FEW_BYTES
+        (planned.get(key, 0.0) - measured.get(key, 0)) / max(measured.get(key, 0), 1)
+        for key in planned | measured
+        if planned.get(key, 0.0) + measured.get(key, 0) > _FEW_BYTES
     ]
     return sum(measured.values()) / 1e6, max(differences, key=abs)
 

@@ -143,13 +143,21 @@ def _show(
             "checkpoints that are being written and offloaded state; "
             f"{_gigabytes(plan.memory.host_bytes_at_start_per_node)} at the start, for whole models"
         )
-    link = "between nodes" if cluster.nodes > 1 else "within the node"
-    rate = ring_rate(device, cluster.nodes, cluster.devices_per_node)
+    links = (
+        (plan.traffic.between_nodes.total, cluster.nodes),
+        (plan.traffic.node.total if plan.traffic.node else 0.0, 1),
+    )
+    used = [
+        f"{_gigabytes(num_bytes)} GB {'between nodes' if nodes > 1 else 'within the node'}, in "
+        f"rings at {ring_rate(device, nodes, cluster.devices_per_node) / _GB:.0f} GB/s"
+        for num_bytes, nodes in links
+        if num_bytes
+    ]
     echo(
         f"network  {_gigabytes(plan.traffic.total)} GB per step from each rank (gradients "
         f"{_gigabytes(plan.traffic.gradient_bytes)}, weights "
         f"{_gigabytes(plan.traffic.weight_bytes)}, Muon {_gigabytes(plan.traffic.optimizer_bytes)})"
-        f": {plan.traffic_s:.2f} s {link}, in rings at {rate / _GB:.0f} GB/s"
+        f": {', and '.join(used) or 'nothing'}; {plan.traffic_s:.2f} s"
     )
     kept = plan.checkpoints_kept
     shards = "" if facts.shard_bytes is None else f"; shards {_gigabytes(facts.shard_bytes)} GB"

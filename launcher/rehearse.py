@@ -30,14 +30,21 @@ _NOT_REHEARSED = (
 )
 
 
-def planned_bytes(plan: RunPlan) -> dict[str, float]:
-    """Planned bytes per step that a rank sends, by kind of collective."""
+def planned_bytes(plan: RunPlan) -> dict[tuple[str, str], float]:
+    """Planned bytes per step that a rank sends, by group and kind of collective."""
+    parts = [("engine", plan.traffic.between_nodes)]
+    if plan.traffic.node is not None:
+        parts.append(("node", plan.traffic.node))
     planned = {
-        plan.traffic.reduction: plan.traffic.gradient_bytes,
-        "all-gather": plan.traffic.weight_bytes,
-        "all-to-all": plan.traffic.optimizer_bytes,
+        (group, kind): num_bytes
+        for group, part in parts
+        for kind, num_bytes in (
+            (part.reduction, part.gradient_bytes),
+            ("all-gather", part.weight_bytes),
+            ("all-to-all", part.optimizer_bytes),
+        )
     }
-    return {kind: num_bytes for kind, num_bytes in planned.items() if num_bytes}
+    return {key: num_bytes for key, num_bytes in planned.items() if num_bytes}
 
 
 def _require_room(config: Config, device_name: str | None, nodes: int, per_node: int) -> None:
@@ -117,14 +124,14 @@ def _show_rank(report: RankReport, plan: RunPlan, world_size: int) -> None:
     planned = planned_bytes(plan)
     lines = []
     for one in report.traffic:
-        is_planned = one.group == "engine" and one.kind in planned
+        num_planned = planned.get((one.group, one.kind))
         lines.append(
             [
                 one.group,
                 one.kind,
                 f"{one.calls:,}",
                 _size(one.sent_bytes),
-                _size(planned[one.kind]) if is_planned else "-",
+                "-" if num_planned is None else _size(num_planned),
             ]
         )
     heads = ["group", "collective", "per step", "sent", "planned"]
@@ -269,7 +276,17 @@ def _to_json(
                 **asdict(report),
                 "planned": {
                     "memory_bytes": planned_memory(plan),
-                    "sent_bytes": planned_bytes(plan),
+                    **{
+                        name: {
+                            kind: num_bytes
+                            for (group, kind), num_bytes in planned_bytes(plan).items()
+                            if group == of_group
+                        }
+                        for name, of_group in (
+                            ("sent_bytes", "engine"),
+                            ("sent_bytes_within_node", "node"),
+                        )
+                    },
                     "checkpoint_bytes": plan.checkpoint_bytes / world_size,
                 },
             }

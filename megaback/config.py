@@ -229,6 +229,11 @@ class ZeroSection(Section):
     overlap_communication: bool | None = None
     """Communication in a CUDA stream of its own, during the backward pass: of gradients, and at
     stage 3 of weights. Default: at stage 3."""
+    hierarchical: bool = False
+    """Sharding by node, for less traffic between nodes. Stages 1 and 2: state is sharded over the
+    ranks of one node, as in FSDP's hybrid sharding, and every node has all of it; nodes exchange
+    gradients once per step. Stage 3: every node also keeps a copy of the weights, from which all
+    passes but the first of a step gather them (DeepSpeed's hpZ). Changes nothing on one node."""
 
     @property
     def overlaps_communication(self) -> bool:
@@ -242,6 +247,19 @@ class ZeroSection(Section):
         if self.stage < minimum:
             raise ValueError(
                 f"offload {self.offload} needs stage {minimum} or higher, and stage is {self.stage}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stage_is_hierarchical(self) -> "ZeroSection":
+        if self.hierarchical and self.stage == 0:
+            raise ValueError(
+                "hierarchical needs stage 1 or higher, and stage 0 shards nothing; set a stage or "
+                "remove hierarchical"
+            )
+        if self.hierarchical and self.offload != "none":
+            raise ValueError(
+                f"hierarchical and offload {self.offload} exclude each other; remove one of the two"
             )
         return self
 

@@ -137,7 +137,7 @@ class Stepper:
         num_parameters, shapes = model.num_parameters(), model.shapes()
         engine = start_engine(model, config, rows, accumulation_steps, compiler)
         weights = initial_weights(config.model, shapes, config.training.seed)
-        load_weights(engine, weights, world.rank, world.size)
+        load_weights(engine, weights)
         refresh_copies(engine)
         engine.train()
         return cls(config, world, engine, attention, compiler, accumulation_steps, num_parameters)

@@ -169,7 +169,7 @@ def load_into_engine(
     """
     saved = saved_state(target, meta, only_weights=only_weights)
     updates = 0 if only_weights else meta.updates
-    world.run_collectively(_restore, engine, target, saved, updates, world)
+    world.run_collectively(_restore, engine, target, saved, updates)
     refresh_copies(engine)
     now = (world.size, engine.zero_optimization_stage())
     if world.is_first and now != (meta.world_size, meta.zero_stage):
@@ -179,9 +179,9 @@ def load_into_engine(
         )
 
 
-def _restore(engine: Any, target: Path, saved: SavedState, updates: int, world: World) -> None:
+def _restore(engine: Any, target: Path, saved: SavedState, updates: int) -> None:
     try:
-        restore(engine, saved, updates, world.rank, world.size)
+        restore(engine, saved, updates)
     except StateDiffersError as error:
         others = f" ({len(error.differing)} differ)" if len(error.differing) > 1 else ""
         raise RunMismatchError(

@@ -9,7 +9,7 @@ A run's key is `KIND:PARAMETER:START`: elements from START on in the parameter's
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,10 @@ class Holding:
 
 @dataclass(frozen=True)
 class Partition:
-    """Flat tensor of this rank, and its named parameters: `slices[rank][parameter]`."""
+    """Flat tensor of this rank, and its named parameters: `slices[rank][parameter]`.
+
+    Ranks are those of the shard group (`distributed.shard_groups`), or all.
+    """
 
     tensor: Tensor
     is_orthogonalized: bool
@@ -49,8 +52,12 @@ class Partition:
     slices: list[list[Slice]]
 
 
-def partitions_of(engine: Any, world_size: int) -> list[Partition]:
-    """Flat tensors into which ZeRO's stages 1 to 3 cut the parameters, with all ranks' slices."""
+def partitions_of(engine: Any) -> list[Partition]:
+    """Flat tensors into which ZeRO's stages 1 to 3 cut the parameters.
+
+    With the slices of all ranks of the shard group.
+    """
+    num_ranks = engine.shards.size
     names = {id(weight): name for name, weight in engine.module.named_parameters()}
     zero, groups = engine.optimizer, engine.basic_optimizer.param_groups
     partitions = []
@@ -60,7 +67,7 @@ def partitions_of(engine: Any, world_size: int) -> list[Partition]:
             slices = slices_of_each(
                 [weight.partition_numel() for weight in weights],
                 [weight.ds_numel for weight in weights],
-                world_size,
+                num_ranks,
             )
             flat = zero.fp32_partitioned_groups_flat[number]
             named = tuple(names[id(weight)] for weight in weights)
@@ -71,7 +78,7 @@ def partitions_of(engine: Any, world_size: int) -> list[Partition]:
                 zero.round_robin_bit16_offsets[number],
                 [weight.numel() for weight in weights],
                 int(zero.partition_size[number]),
-                world_size,
+                num_ranks,
             )
             flat = zero.single_partition_of_fp32_groups[number]
             named = tuple(names[id(weight)] for weight in weights)
@@ -79,16 +86,16 @@ def partitions_of(engine: Any, world_size: int) -> list[Partition]:
     return partitions
 
 
-def holdings_of(engine: Any, rank: int, world_size: int) -> list[Holding]:
+def holdings_of(engine: Any) -> list[Holding]:
     """Tensors that this rank updates: all weights at stage 0, its slices at the others."""
     if engine.zero_optimization_stage():
         return [
             Holding(
                 one.tensor,
                 one.is_orthogonalized,
-                tuple(zip(one.names, one.slices[rank], strict=True)),
+                tuple(zip(one.names, one.slices[engine.shards.rank], strict=True)),
             )
-            for one in partitions_of(engine, world_size)
+            for one in partitions_of(engine)
         ]
     names = {id(weight): name for name, weight in engine.module.named_parameters()}
     return [
@@ -127,9 +134,15 @@ def saved_index(engine: Any, world_size: int) -> RunIndex:
 
 
 def _saved_partitions(engine: Any, world_size: int) -> list[Partition]:
-    """Partitions to save. At stage 0, where every rank has everything, each saves some weights."""
+    """Partitions to save, with the slices of all ranks.
+
+    Of a slice that several ranks have, each saves a part. At stage 0, where every rank has
+    everything, each saves some weights.
+    """
     if engine.zero_optimization_stage():
-        return partitions_of(engine, world_size)
+        num_replicas = world_size // engine.shards.size
+        partitions = partitions_of(engine)
+        return [_split(one, num_replicas) for one in partitions] if num_replicas > 1 else partitions
     return [
         Partition(
             holding.tensor,
@@ -140,8 +153,26 @@ def _saved_partitions(engine: Any, world_size: int) -> list[Partition]:
                 for rank in range(world_size)
             ],
         )
-        for number, holding in enumerate(holdings_of(engine, 0, world_size))
+        for number, holding in enumerate(holdings_of(engine))
     ]
+
+
+def _split(one: Partition, num_replicas: int) -> Partition:
+    """A partition whose slices are split over replicas: `slices[rank]` of all ranks of all."""
+    length = -(-one.tensor.numel() // num_replicas)
+    slices = [
+        [_part(run, replica * length, (replica + 1) * length) for run in of_rank]
+        for replica in range(num_replicas)
+        for of_rank in one.slices
+    ]
+    return replace(one, slices=slices)
+
+
+def _part(run: Slice, local_start: int, local_stop: int) -> Slice:
+    """The elements of a slice between two positions of the flat tensor."""
+    first = max(run.local_start, local_start)
+    length = max(min(run.local_start + run.length, local_stop) - first, 0)
+    return Slice(first, run.matrix_start + first - run.local_start, length)
 
 
 def _tensors_of(one: Partition, engine: Any) -> dict[str, Tensor]:
@@ -152,15 +183,13 @@ def _tensors_of(one: Partition, engine: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(
-    engine: Any, weights: Iterable[tuple[str, Tensor]], rank: int, world_size: int
-) -> None:
+def load_weights(engine: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Copy whole weights in fp32 into those that this rank updates.
 
     `refresh_copies` then updates the model, on all ranks together.
     """
     parts: dict[str, list[tuple[Tensor, Slice]]] = {}
-    for holding in holdings_of(engine, rank, world_size):
+    for holding in holdings_of(engine):
         for name, run in holding.runs:
             parts.setdefault(name, []).append((holding.tensor.data.view(-1), run))
     for name, weight in weights:
@@ -187,14 +216,14 @@ class StateDiffersError(Exception):
 
 
 @torch.no_grad()
-def restore(engine: Any, saved: SavedState, updates: int, rank: int, world_size: int) -> None:
+def restore(engine: Any, saved: SavedState, updates: int) -> None:
     """Restore the saved state into an engine that has taken no step; `refresh_copies` comes next.
 
     Raises StateDiffersError, before anything is changed, unless the saved state has exactly the
     elements of the engine's.
     """
     optimizer = engine.basic_optimizer
-    holdings = holdings_of(engine, rank, world_size)
+    holdings = holdings_of(engine)
     differing = saved.differences(_expected(engine, holdings, has_state=updates > 0))
     if differing:
         raise StateDiffersError(differing)
@@ -254,6 +283,7 @@ def refresh_copies(engine: Any) -> None:
         if persistent:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+        zero.invalidate_secondary_tensor()  # copies of the weights as they were before
 
 
 def _whole(weight: Tensor) -> Slice:

@@ -17,6 +17,12 @@ from megaback.distributed.gradients import (
     reduction_fields,
     zero_at_every_stage,
 )
+from megaback.distributed.shard_groups import (
+    average_over_replicas,
+    node_group,
+    sharding_within,
+    whole_group,
+)
 from megaback.model.compiler import GraphCounter
 from megaback.model.gpt import ReverseGPT
 from megaback.optim.build import attach_shards, build_optimizer
@@ -38,14 +44,22 @@ def start_engine(
     named = model.named_parameters()
     optimizer = build_optimizer(named, config.model, config.optimizer, matrix_dtype)
     fields = deepspeed_config(config, micro_batch_rows, accumulation_steps, model.num_parameters())
-    with zero_at_every_stage():
+    stage, nodes = config.zero.stage, node_group() if config.zero.hierarchical else whole_group()
+    if stage == 3 and nodes.num_replicas > 1:
+        fields["zero_optimization"]["zero_hpz_partition_size"] = nodes.size
+    with zero_at_every_stage(), sharding_within(nodes, stage):
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=fields, dist_init_required=False
         )
     engine.reduces_once = config.reduces_once(accumulation_steps)
     if engine.reduces_once and config.has_fp32_accumulators:
         accumulate_in_fp32(engine)
-    attach_shards(optimizer, engine.optimizer, config.zero.stage, engine.device)
+    # At stage 3 only copies of the weights are of a node.
+    shards = engine.shards = whole_group() if stage == 3 else nodes
+    if shards.num_replicas > 1:
+        average_over_replicas(engine.optimizer, shards)
+    zero, device = engine.optimizer, engine.device
+    attach_shards(optimizer, zero, stage, device, shards.rank, shards.size, shards.group)
     if compiler is not None:
         engine.compile(backend=compiler)
     return engine

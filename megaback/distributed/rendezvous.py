@@ -44,6 +44,18 @@ def node_name() -> str:
     )
 
 
+def ranks_per_node() -> int:
+    """Number of ranks on this node, as what started them says. Raises LaunchError."""
+    environment = os.environ
+    size = environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE")  # torchrun's
+    if size is None:
+        raise LaunchError(
+            f"rank {environment['RANK']} does not know how many ranks {node_name()} has; set "
+            "LOCAL_SIZE, or start the ranks by `megaback train`, srun or torchrun"
+        )
+    return int(size)
+
+
 def meet(backend: str, timeout_s: float) -> None:
     """Join the other ranks in torch's default group. Raises LaunchError."""
     environment, timeout = os.environ, timedelta(seconds=timeout_s)

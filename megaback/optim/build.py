@@ -123,22 +123,30 @@ def build_optimizer(
     )
 
 
-def attach_shards(optimizer: MatrixOptimizer, zero: Any, stage: int, device: torch.device) -> None:
-    """Attach the slices that DeepSpeed's ZeRO optimizer `zero` has cut the matrices into."""
-    import torch.distributed as dist
+def attach_shards(
+    optimizer: MatrixOptimizer,
+    zero: Any,
+    stage: int,
+    device: torch.device,
+    rank: int,
+    num_ranks: int,
+    group: Any,
+) -> None:
+    """Attach the slices that DeepSpeed's ZeRO optimizer `zero` has cut the matrices into.
 
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    `rank` is this rank's place among the ranks of a group, each of which has a slice.
+    """
     if stage == 3:
         for number, parameters in enumerate(zero.fp16_groups):
-            group = optimizer.param_groups[zero.sub_group_to_group_id[number]]
-            if group["orthogonalize"]:
+            rule = optimizer.param_groups[zero.sub_group_to_group_id[number]]
+            if rule["orthogonalize"]:
                 slices = slices_of_each(
                     [parameter.partition_numel() for parameter in parameters],
                     [parameter.ds_numel for parameter in parameters],
-                    world_size,
+                    num_ranks,
                 )
                 shapes = [tuple(parameter.ds_shape) for parameter in parameters]
-                shards = MatrixShards(shapes, slices, rank, device)
+                shards = MatrixShards(shapes, slices, rank, device, group)
                 optimizer.attach(zero.fp32_partitioned_groups_flat[number], shards)
     elif stage:
         for number, parameters in enumerate(zero.round_robin_bit16_groups):
@@ -147,8 +155,8 @@ def attach_shards(optimizer: MatrixOptimizer, zero: Any, stage: int, device: tor
                     zero.round_robin_bit16_offsets[number],
                     [parameter.numel() for parameter in parameters],
                     int(zero.partition_size[number]),
-                    world_size,
+                    num_ranks,
                 )
                 shapes = [tuple(parameter.shape) for parameter in parameters]
-                shards = MatrixShards(shapes, slices, rank, device)
+                shards = MatrixShards(shapes, slices, rank, device, group)
                 optimizer.attach(zero.single_partition_of_fp32_groups[number], shards)

@@ -8,6 +8,7 @@ number of ranks.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,12 +36,17 @@ class MatrixShards:
         slices: Sequence[Sequence[Slice]],
         rank: int,
         device: torch.device,
+        group: Any = None,
     ) -> None:
-        """`device`: where matrices are gathered, the device of the collectives."""
+        """`device`: where matrices are gathered, the device of the collectives.
+
+        `group`: process group of the ranks with slices; all ranks by default.
+        """
         self._shapes = list(shapes)
         self._slices = slices
         self._rank = rank
         self._device = device
+        self._group = group
         owners = choose_owners(self._shapes, slices)
         ranks = range(len(slices))
         mine = _of(owners, rank)
@@ -105,7 +111,7 @@ class MatrixShards:
         # A rank that owns no matrix has no parts to return.
         sent = torch.cat([torch.empty(0, dtype=dtype, device=self._device), *parts])
         arrived = sent.new_empty(sum(counts_in))
-        dist.all_to_all_single(arrived, sent, counts_in, counts_out)
+        dist.all_to_all_single(arrived, sent, counts_in, counts_out, group=self._group)
         return list(torch.split(arrived, [one.length for one in incoming]))
 
 

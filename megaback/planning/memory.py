@@ -70,8 +70,21 @@ class Setting:
     """Whether reductions at stages 2 and 3 are postponed to the step's end."""
     overlaps: bool = False
     """Whether reductions overlap with the backward pass."""
+    is_hierarchical: bool = False
+    """Whether sharding is by node."""
     rank: int | None = None
     """None: the rank that uses most."""
+
+    @property
+    def shard_ranks(self) -> int:
+        """Ranks that share one copy of the optimizer state."""
+        by_node = self.is_hierarchical and self.stage in (1, 2)
+        return min(self.ranks, self.ranks_per_node) if by_node else self.ranks
+
+    @property
+    def shard_rank(self) -> int | None:
+        """Rank among these; None: the rank that uses most."""
+        return None if self.rank is None else self.rank % self.shard_ranks
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -97,9 +110,11 @@ class Setting:
             reduces_once=self.reduces_once,
             overlaps=self.overlaps,
             is_offloaded=_is_offloaded(self),
-            ranks=self.ranks,
+            ranks=self.shard_ranks,
         )
-        kept = kept_elements(self.shape, self.vocab_size, self.optimizer, self.ranks, self.rank)
+        kept = kept_elements(
+            self.shape, self.vocab_size, self.optimizer, self.shard_ranks, self.shard_rank
+        )
         return gradient_memory(setting, size.total, kept, bucket_elements(size.total))
 
 
@@ -202,7 +217,7 @@ def _offloaded(setting: Setting, size: ModelSize) -> float:
 
 def _resident(setting: Setting, size: ModelSize) -> Parts:
     """Memory held throughout training, from the first update on."""
-    total, ranks, stage = size.total, setting.ranks, setting.stage
+    total, ranks, stage = size.total, setting.shard_ranks, setting.stage
     weights = float(setting.weight_bytes * total)
     optimizer = _state_bytes(size, setting.optimizer)
     gradients = buckets = 0.0
@@ -220,6 +235,16 @@ def _resident(setting: Setting, size: ModelSize) -> Parts:
         if setting.offload == "parameters":
             weights = 0.0
     return Parts(weights=weights, gradients=gradients, optimizer=optimizer, buckets=buckets)
+
+
+def _stepping(setting: Setting, size: ModelSize) -> Parts:
+    """Memory held during a step, with the node's copy of the weights at stage 3."""
+    resident = _resident(setting, size)
+    is_copied = setting.is_hierarchical and setting.stage == 3
+    if not is_copied or setting.ranks <= setting.ranks_per_node:
+        return resident
+    copy = setting.weight_bytes * size.total / setting.ranks_per_node
+    return replace(resident, weights=resident.weights + copy)
 
 
 def _start(setting: Setting, size: ModelSize) -> Parts:
@@ -254,7 +279,7 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
         tokens,
         setting.loss_chunk_tokens,
     )
-    resident = _resident(setting, size)
+    resident = _stepping(setting, size)
     weights = resident.weights
     if stage == 3 and (ranks > 1 or setting.offload == "parameters"):
         weights += setting.weight_bytes * min(total, _GATHERED_ELEMENTS)
@@ -308,7 +333,7 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
 
 def _update(setting: Setting, size: ModelSize) -> Parts:
     """Peak of the optimizer's update, which processes parameter groups in sequence."""
-    resident, stage, ranks = _resident(setting, size), setting.stage, setting.ranks
+    resident, stage, ranks = _stepping(setting, size), setting.stage, setting.shard_ranks
     held, is_muon = setting.gradients(size), setting.optimizer == "muon"
     rest = size.total - size.matrices
     if stage == 0:
@@ -340,11 +365,11 @@ def _whole_work(setting: Setting, size: ModelSize) -> float:
 
 def _muon_work(setting: Setting) -> float:
     """Bytes of Muon's update at stages 1 to 3, besides gradient and momentum."""
-    shape, ranks, stage = setting.shape, setting.ranks, setting.stage
-    if setting.rank is None:
+    shape, ranks, stage = setting.shape, setting.shard_ranks, setting.stage
+    if setting.shard_rank is None:
         shares = matrix_shares(shape, ranks, stage)
     else:
-        shares = (matrix_share(shape, ranks, stage, setting.rank),)
+        shares = (matrix_share(shape, ranks, stage, setting.shard_rank),)
     return max(exchange_bytes(share, ranks, _matrix_bytes(setting)) for share in shares)
 
 

@@ -6,9 +6,12 @@ collectives are those of DeepSpeed 0.19: stages 1 and 2 all-reduce (or reduce) g
 weights; stage 3 gathers weights for the forward pass and, if there are too many to keep, again for
 the backward pass, and reduce-scatters gradients. Stages 2 and 3 reduce after every micro-batch,
 or once per step.
+
+With `zero.hierarchical`, stages 1 and 2 do so within a node, and all-reduce slices between nodes
+once per step; stage 3 gathers weights from all ranks once per step, and within the node otherwise.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megaback.config import ModelSection
 from megaback.planning.devices import Device
@@ -32,16 +35,57 @@ class Traffic:
     """Collective that adds the gradients: all-reduce, reduce or reduce-scatter."""
     weight_passes: int = 1
     """Number of times that stage 3 gathers the weights per micro-batch."""
+    node: "Traffic | None" = None
+    """Part of it in collectives of the ranks of one node, if others are between nodes."""
 
     @property
     def total(self) -> float:
         return self.gradient_bytes + self.weight_bytes + self.optimizer_bytes
 
-    def seconds(self, device: Device, nodes: int, devices_per_node: int) -> float:
-        """Seconds to send all of it, without latency and overlap."""
-        rings = self.gradient_bytes + self.weight_bytes
-        exchange = self.optimizer_bytes / exchange_rate(device, nodes)
-        return rings / ring_rate(device, nodes, devices_per_node) + exchange
+    @property
+    def between_nodes(self) -> "Traffic":
+        """The rest of it, in collectives between nodes; all of it without that part."""
+        if self.node is None:
+            return self
+        return Traffic(
+            self.gradient_bytes - self.node.gradient_bytes,
+            self.weight_bytes - self.node.weight_bytes,
+            self.optimizer_bytes - self.node.optimizer_bytes,
+            "all-reduce" if self.node.gradient_bytes else self.reduction,
+        )
+
+    def durations(self, device: Device, nodes: int, devices_per_node: int) -> "TrafficTime":
+        """Durations of sending all of it, without latency and overlap."""
+        ring = ring_rate(device, nodes, devices_per_node)
+        inner, between = self.node or Traffic(0.0, 0.0, 0.0, self.reduction), self.between_nodes
+        has_replicas = inner.gradient_bytes > 0
+        link, card = ring_rate(device, 1, devices_per_node), exchange_rate(device, nodes)
+        return TrafficTime(
+            gradients_s=inner.gradient_bytes / link
+            if has_replicas
+            else between.gradient_bytes / ring,
+            # Each has a ring of its own, of one rank per node.
+            replicas_s=between.gradient_bytes / card if has_replicas else 0.0,
+            weights_s=inner.weight_bytes / link + between.weight_bytes / ring,
+            exchange_s=inner.optimizer_bytes / link + between.optimizer_bytes / card,
+        )
+
+
+@dataclass(frozen=True)
+class TrafficTime:
+    """Durations of a step's traffic."""
+
+    gradients_s: float
+    """Reduction of gradients, of all micro-batches."""
+    replicas_s: float
+    """Average over the replicas of other nodes, once per step."""
+    weights_s: float
+    exchange_s: float
+    """Muon's exchange."""
+
+    @property
+    def total_s(self) -> float:
+        return self.gradients_s + self.replicas_s + self.weights_s + self.exchange_s
 
 
 def ring_rate(device: Device, nodes: int, devices_per_node: int) -> float:
@@ -77,28 +121,47 @@ def step_traffic(
     reduces_once: bool = False,
     reduction: str = "all_reduce",
     rank: int | None = None,
+    shard_ranks: int | None = None,
 ) -> Traffic:
-    """Traffic of one rank per step, by default of the one that sends most."""
+    """Traffic of one rank per step, by default of the one that sends most.
+
+    `shard_ranks`: ranks of a node, if they shard hierarchically; all ranks by default.
+    """
     size = ModelSize.of(shape, vocab_size)
-    others = (ranks - 1) / ranks
     low = 2 if precision == "bf16" and stage else 4
-    weights = low * size.total * others
-    exchanged = 0.0
-    if optimizer == "muon" and stage and ranks > 1:
-        if rank is None:
-            shares = matrix_shares(shape, ranks, stage)
-        else:
-            shares = (matrix_share(shape, ranks, stage, rank),)
-        sent = max(share.sent_elements for share in shares)
-        exchanged = float((2 if precision == "bf16" else 4) * sent)
     if stage == 0:
-        return Traffic(2 * weights, 0.0, 0.0, "all-reduce")
+        return Traffic(2 * low * size.total * _others(ranks), 0.0, 0.0, "all-reduce")
+    node = min(shard_ranks or ranks, ranks)
+    high = 4 if has_fp32_accumulators else low
     reductions = accumulation_steps if stage > 1 and not reduces_once else 1
-    gradients = reductions * (4 if has_fp32_accumulators else low) * size.total * others
+
+    def exchanged(within: int) -> float:
+        if optimizer != "muon" or within == 1:
+            return 0.0
+        if rank is None:
+            shares = matrix_shares(shape, within, stage)
+        else:
+            shares = (matrix_share(shape, within, stage, rank % within),)
+        return float((2 if precision == "bf16" else 4) * max(one.sent_elements for one in shares))
+
     if stage == 3:
         passes = 1 if size.total <= _KEPT_ELEMENTS else 2
-        gathered = passes * accumulation_steps * weights
-        return Traffic(gradients, gathered, exchanged, "reduce-scatter", passes)
-    if reduction == "reduce":
-        return Traffic(gradients, weights, exchanged, "reduce")
-    return Traffic(2 * gradients, weights, exchanged, "all-reduce")
+        gathers = passes * accumulation_steps
+        gradients = reductions * high * size.total * _others(ranks)
+        gathered, copied, kind = low * size.total * _others(ranks), None, "reduce-scatter"
+        if node < ranks:
+            copied = Traffic(0.0, (gathers - 1) * low * size.total * _others(node), 0.0, kind)
+        weights = gathers * gathered if copied is None else gathered + copied.weight_bytes
+        return Traffic(gradients, weights, exchanged(ranks), kind, passes, copied)
+    times, kind = (1, "reduce") if reduction == "reduce" else (2, "all-reduce")
+    gradients = times * reductions * high * size.total * _others(node)
+    inside = Traffic(gradients, low * size.total * _others(node), exchanged(node), kind)
+    if node == ranks:
+        return inside
+    gradients += 2 * high * size.total / node * _others(ranks // node)
+    return replace(inside, gradient_bytes=gradients, node=inside)
+
+
+def _others(ranks: int) -> float:
+    """Part of a tensor that a rank sends to gather or to reduce it."""
+    return (ranks - 1) / ranks

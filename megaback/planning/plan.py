@@ -107,7 +107,9 @@ def plan_run(
         },
         stage=config.zero.stage,
         traffic=traffic,
-        traffic_s=traffic.seconds(cluster.device, cluster.nodes, cluster.devices_per_node),
+        traffic_s=traffic.durations(
+            cluster.device, cluster.nodes, cluster.devices_per_node
+        ).total_s,
         parts=parts,
         duration=duration,
         checkpoint_bytes=checkpoint_bytes(config.model, facts.vocab_size, config.optimizer.name),
@@ -194,6 +196,8 @@ def _changes(config: Config, cluster: Cluster) -> Iterator[_Option]:
     rows, _ = split_batch(config.batch, cluster.ranks)
     if config.zero.reduce_once and stage >= 2:
         yield "zero", "reduce_once", (False,)
+    if config.zero.hierarchical:
+        yield "zero", "hierarchical", (False,)
     if stage < 2:
         yield "zero", "stage", tuple(range(stage + 1, 3))
     if rows > 1:
@@ -240,6 +244,8 @@ def _combined(
 
 def _is_allowed(config: Config) -> bool:
     """Whether the stage supports the offload, as in ZeroSection, and compilation."""
+    if config.zero.hierarchical and config.zero.offload != "none":
+        return False
     minimum = {"none": 0, "optimizer": 1, "parameters": 3}[config.zero.offload]
     maximum = 2 if config.training.compile == "on" else 3
     return minimum <= config.zero.stage <= maximum

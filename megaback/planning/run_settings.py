@@ -55,6 +55,7 @@ def setting_of(
         has_fp32_accumulators=config.has_fp32_accumulators,
         reduces_once=config.reduces_once(accumulation),
         overlaps=config.zero.overlaps_communication,
+        is_hierarchical=config.zero.hierarchical,
     )
 
 
@@ -75,6 +76,7 @@ def traffic_of(
         has_fp32_accumulators=config.has_fp32_accumulators,
         reduces_once=config.reduces_once(accumulation),
         reduction=config.zero.reduction,
+        shard_ranks=cluster.devices_per_node if config.zero.hierarchical else None,
     )
 
 

@@ -15,7 +15,7 @@ from megaback.planning.devices import Device
 from megaback.planning.flops import ModelSize, orthogonalization_flops
 from megaback.planning.matrix_shares import MatrixShape, matrices_of, matrix_share, matrix_shares
 from megaback.planning.memory import Setting, bucket_elements
-from megaback.planning.network import Traffic, exchange_rate, ring_rate
+from megaback.planning.network import Traffic, TrafficTime
 from megaback.planning.rates import assumed, attention_share, matmul_share
 
 _LOSS_PASSES = 16
@@ -146,7 +146,7 @@ def _elements(shape: ModelSection) -> float:
 def _update(step: TimedStep, device: Device, memory_rate: float) -> _Work:
     """Update of the rank that does most."""
     setting, size = step.setting, step.size
-    ranks = setting.ranks if setting.stage else 1
+    ranks = setting.shard_ranks if setting.stage else 1
     updated = 0.0 if setting.offload != "none" else size.total / ranks
     arithmetic = 0.0
     if setting.optimizer == "muon":
@@ -159,10 +159,10 @@ def _owned(setting: Setting) -> list[tuple[MatrixShape, ...]]:
     """Matrices that each rank orthogonalizes."""
     if not setting.stage:
         return [matrices_of(setting.shape)]
-    if setting.rank is not None:
-        share = matrix_share(setting.shape, setting.ranks, setting.stage, setting.rank)
-        return [share.owned]
-    shares = matrix_shares(setting.shape, setting.ranks, setting.stage)
+    ranks, rank = setting.shard_ranks, setting.shard_rank
+    if rank is not None:
+        return [matrix_share(setting.shape, ranks, setting.stage, rank).owned]
+    shares = matrix_shares(setting.shape, ranks, setting.stage)
     return list({share.owned: None for share in shares})
 
 
@@ -173,45 +173,43 @@ def _network(
     setting, traffic, count = step.setting, step.traffic, step.micro_batches
     if setting.ranks == 1:
         return 0.0, 0.0
-    rate = ring_rate(device, step.nodes, setting.ranks_per_node)
-    latency = assumed("CALL_LATENCY_S") * log2(setting.ranks)
-    buckets = ceil(step.size.total / bucket_elements(step.size.total))
-    exchange = traffic.optimizer_bytes / exchange_rate(device, step.nodes)
+    durations = traffic.durations(device, step.nodes, setting.ranks_per_node)
     if setting.stage == 3:
-        return _stage3_network(step, rate, latency, forward_s, backward_s, exchange)
+        return _stage3_network(step, durations, forward_s, backward_s)
+    latency = assumed("CALL_LATENCY_S") * log2(setting.shard_ranks)
+    buckets = ceil(step.size.total / bucket_elements(step.size.total))
     reductions = count if setting.stage == 2 and not setting.reduces_once else 1
-    calls = buckets * (setting.ranks if traffic.reduction == "reduce" else 1)
-    reduction = traffic.gradient_bytes / reductions / rate + calls * latency
-    weights = traffic.weight_bytes / rate + (buckets * latency if setting.stage else 0.0)
+    calls = buckets * (setting.shard_ranks if traffic.reduction == "reduce" else 1)
+    reduction = durations.gradients_s / reductions + calls * latency
+    once = durations.weights_s + (buckets * latency if setting.stage else 0.0)
+    if setting.shard_ranks < setting.ranks:
+        averages = ceil(buckets / setting.shard_ranks)
+        replica_latency = assumed("CALL_LATENCY_S") * log2(setting.ranks / setting.shard_ranks)
+        once += durations.replicas_s + averages * replica_latency
     hidden = 0.0
     if setting.overlaps and setting.stage and not setting.reduces_once:
         hidden = min(reduction, assumed("OVERLAP_SHARE") * backward_s)
-    exposed = reductions * (reduction - hidden) + weights + exchange
+    exposed = reductions * (reduction - hidden) + once + durations.exchange_s
     return exposed, reductions * hidden
 
 
 def _stage3_network(
-    step: TimedStep,
-    rate: float,
-    latency: float,
-    forward_s: float,
-    backward_s: float,
-    exchange_s: float,
+    step: TimedStep, durations: TrafficTime, forward_s: float, backward_s: float
 ) -> tuple[float, float]:
     """The same at stage 3, which gathers weights layer by layer, and reduces as it goes back."""
     setting, traffic, count = step.setting, step.traffic, step.micro_batches
-    calls = setting.shape.num_layers * latency
+    calls = setting.shape.num_layers * assumed("CALL_LATENCY_S") * log2(setting.ranks)
     gathers = traffic.weight_passes * count
-    gather = traffic.weight_bytes / gathers / rate + calls
+    gather = durations.weights_s / gathers + calls
     reductions = 1 if setting.reduces_once else count
-    reduction = traffic.gradient_bytes / reductions / rate + calls
+    reduction = durations.gradients_s / reductions + calls
     share = assumed("OVERLAP_SHARE") if setting.overlaps else 0.0
     ahead = min(gather, share * forward_s)
     during = gather * (traffic.weight_passes - 1)
     if not setting.reduces_once:
         during += reduction
     behind = min(during, share * backward_s)
-    exposed = count * (gather - ahead + during - behind) + exchange_s
+    exposed = count * (gather - ahead + during - behind) + durations.exchange_s
     if setting.reduces_once:
         exposed += reduction
     return exposed, count * (ahead + behind)

@@ -33,8 +33,8 @@ class Collective:
     step: int
     phase: str
     kind: str
-    is_control: bool
-    """Whether it is of the control group, rather than of the engine's groups."""
+    group: str
+    """`control`, `engine` or `node`: see `report.Traffic`."""
 
 
 class CollectiveLog:
@@ -48,8 +48,8 @@ class CollectiveLog:
         self.calls: Counter[Collective] = Counter()
         self.sent_bytes: Counter[Collective] = Counter()
 
-    def add(self, kind: str, sent_bytes: float, *, is_control: bool) -> None:
-        one = Collective(self.step, self.phase, kind, is_control)
+    def add(self, kind: str, sent_bytes: float, group: str) -> None:
+        one = Collective(self.step, self.phase, kind, group)
         self.calls[one] += 1
         self.sent_bytes[one] += round(sent_bytes)
 
@@ -57,9 +57,12 @@ class CollectiveLog:
 class RehearsalGroup(dist.ProcessGroup):
     """The group of one rank; collectives complete at once."""
 
-    def __init__(self, rank: int, size: int, log: CollectiveLog, *, is_control: bool) -> None:
+    def __init__(
+        self, rank: int, size: int, log: CollectiveLog, name: str | None = "engine"
+    ) -> None:
+        """`name`: as in `report.Traffic`; None: found by the ranks of the group."""
         super().__init__(rank, size)  # type: ignore[call-arg]
-        self._rank, self._size, self._log, self._is_control = rank, size, log, is_control
+        self._rank, self._size, self._log, self._name = rank, size, log, name
 
     def size(self) -> int:
         return self._size
@@ -150,13 +153,17 @@ class RehearsalGroup(dist.ProcessGroup):
         """Write the parts that the ranks gather, of which `own` is this rank's."""
         is_in_place = _storage(parts[self._rank]) == _storage(own)
         for rank, part in enumerate(parts):
-            if rank == self._rank or self._is_control:
+            if rank == self._rank or self._name == "control":
                 part.copy_(own)
             elif not is_in_place:
                 part.zero_()
 
     def _done(self, kind: str, sent_bytes: float, tensors: list[Tensor]) -> Any:
-        self._log.add(kind, sent_bytes, is_control=self._is_control)
+        if self._name is None:
+            ranks = dist.get_process_group_ranks(self)
+            is_consecutive = ranks[-1] - ranks[0] == len(ranks) - 1
+            self._name = "node" if is_consecutive else "engine"
+        self._log.add(kind, sent_bytes, self._name)
         devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
         future: Future[list[Tensor]] = Future(devices=list(devices))
         future.set_result(tensors)
@@ -171,7 +178,8 @@ def join(rank: int, size: int, log: CollectiveLog) -> Any:
         nonlocal groups
         groups += 1
         # The first is the default group; `join` creates the second.
-        return RehearsalGroup(group_rank, group_size, log, is_control=groups == 2)
+        name = "control" if groups == 2 else "engine" if group_size == size else None
+        return RehearsalGroup(group_rank, group_size, log, name)
 
     dist.Backend.register_backend(_BACKEND, create, devices=["cpu", "cuda"])
     dist.init_process_group(_BACKEND, store=c10d.HashStore(), rank=rank, world_size=size)

@@ -8,8 +8,9 @@ from megaback.optim.zero_matrices import choose_owners
 from megaback.rehearsal.report import Ownership
 
 
-def ownership_of(engine: Any, world_size: int) -> Ownership:
-    """Parameters that each of all ranks updates, from this rank's engine."""
+def ownership_of(engine: Any) -> Ownership:
+    """Parameters that each rank of the shard group updates, from this rank's engine."""
+    num_ranks = engine.shards.size
     lengths = {
         name: int(getattr(weight, "ds_numel", weight.numel()))
         for name, weight in engine.module.named_parameters()
@@ -25,13 +26,13 @@ def ownership_of(engine: Any, world_size: int) -> Ownership:
             first_without_matrices=None,
             problems=(),
         )
-    partitions = partitions_of(engine, world_size)
+    partitions = partitions_of(engine)
     counts = [
         sum(one.length for part in partitions for one in part.slices[rank])
-        for rank in range(world_size)
+        for rank in range(num_ranks)
     ]
-    owners = matrix_owners(engine, world_size)
-    without = sorted(set(range(world_size)) - set(owners)) if owners else []
+    owners = matrix_owners(engine)
+    without = sorted(set(range(num_ranks)) - set(owners)) if owners else []
     return Ownership(
         parameters=total,
         min_weights=min(counts),
@@ -43,15 +44,15 @@ def ownership_of(engine: Any, world_size: int) -> Ownership:
     )
 
 
-def matrix_owners(engine: Any, world_size: int) -> list[int]:
-    """Rank that orthogonalizes each of Muon's matrices, at stages 1 to 3."""
+def matrix_owners(engine: Any) -> list[int]:
+    """Rank of the shard group that orthogonalizes each of Muon's matrices, at stages 1 to 3."""
     shapes = {
         name: tuple(getattr(weight, "ds_shape", weight.shape))
         for name, weight in engine.module.named_parameters()
     }
     return [
         owner
-        for part in partitions_of(engine, world_size)
+        for part in partitions_of(engine)
         if part.is_orthogonalized
         for owner in choose_owners([shapes[name] for name in part.names], part.slices)
     ]

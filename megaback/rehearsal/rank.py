@@ -181,8 +181,8 @@ def _rehearse(config: Config, world: World, log: CollectiveLog) -> RankReport:
         rank=world.rank,
         device=world.device.type,
         first_batch=first_batch,
-        owned=_owned(run, world),
-        ownership=ownership_of(run.engine, world.size),
+        owned=_owned(run),
+        ownership=ownership_of(run.engine),
         start_s=start_s,
         step_s=sum(phase_s.values()),
         step_cpu_s=clock.cpu_s[steps],
@@ -225,13 +225,13 @@ def _num_lanes(data: Data, first_row: int, num_rows: int) -> int:
     return lanes
 
 
-def _owned(run: Run, world: World) -> Owned:
+def _owned(run: Run) -> Owned:
     engine = run.engine
     stage = engine.zero_optimization_stage()
-    holdings = holdings_of(engine, world.rank, world.size)
+    holdings = holdings_of(engine)
     weights = sum(piece.length for holding in holdings for _, piece in holding.runs)
     if stage:
-        matrices = matrix_owners(engine, world.size).count(world.rank)
+        matrices = matrix_owners(engine).count(engine.shards.rank)
     else:
         matrices = sum(holding.is_orthogonalized for holding in holdings)
     state = engine.basic_optimizer.state.values()
@@ -254,9 +254,9 @@ def _traffic(log: CollectiveLog, step: int, phases: tuple[str, ...]) -> tuple[Tr
     sent_bytes: Counter[tuple[str, str]] = Counter()
     for one, count in log.calls.items():
         # Control messages during the last update belong to the end of the run.
-        is_end = one.is_control and one.phase == "updating"
+        is_end = one.group == "control" and one.phase == "updating"
         if one.step == step and one.phase in phases and not is_end:
-            key = ("control" if one.is_control else "engine", one.kind)
+            key = (one.group, one.kind)
             calls[key] += count
             sent_bytes[key] += log.sent_bytes[one]
     return tuple(

@@ -10,7 +10,8 @@ class Traffic:
     """Collectives of one kind."""
 
     group: str
-    """`engine`: of DeepSpeed and Muon; `control`: of messages between the ranks, on the CPU."""
+    """`engine`: of DeepSpeed and Muon; `node`: those of them among the ranks of one node, where
+    others are of all nodes; `control`: of messages between the ranks, on the CPU."""
     kind: str
     calls: int
     sent_bytes: int

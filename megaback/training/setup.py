@@ -35,6 +35,7 @@ from megaback.distributed.device_limits import (
     require_precision,
 )
 from megaback.distributed.engine import start_engine
+from megaback.distributed.shard_groups import require_equal_nodes
 from megaback.distributed.world import World
 from megaback.faults.exit_record import record_start
 from megaback.faults.preflight import preflight
@@ -95,6 +96,7 @@ def prepare_run(
     branch = world.of_first(branch, BranchPoint | None)
     data = world.run_collectively(open_data, config, world.rank, world.size, branch)
     world.run_collectively(require_precision, config.training.precision, world.device)
+    require_equal_nodes(config.zero, world)
     attention = world.run_collectively(_choose_attention, config, world)
     world.run_collectively(require_same_attention, world.gather(attention.name, str))
     compiler = world.run_collectively(_choose_compiler, config, world, attention)
@@ -198,7 +200,7 @@ def prepare_run(
             weights: Iterable[tuple[str, Tensor]] = ((name, base.read(name)) for name in shapes)
         else:
             weights = initial_weights(config.model, shapes, config.training.seed)
-        world.run_collectively(load_weights, engine, weights, world.rank, world.size)
+        world.run_collectively(load_weights, engine, weights)
         refresh_copies(engine)
     return Run(
         config=config,

@@ -48,7 +48,7 @@ def main(path: Path, cases: list[list[str]]) -> None:
         expected, shapes = summed(model), model.shapes()
         engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps)
         weights = initial_weights(config.model, shapes, config.training.seed)
-        load_weights(engine, weights, world.rank, world.size)
+        load_weights(engine, weights)
         refresh_copies(engine)
         found, norm = gradients_of_step(engine, micro_batches, share, world)
         data.training.close()
@@ -90,7 +90,7 @@ def gradients_of_step(
 ) -> tuple[dict[tuple[str, int], Tensor], float]:
     """Take a step; returns the optimizer's gradients by name and start, and their norm."""
     found: dict[tuple[str, int], Tensor] = {}
-    optimizer, holdings = engine.basic_optimizer, holdings_of(engine, world.rank, world.size)
+    optimizer, holdings = engine.basic_optimizer, holdings_of(engine)
     usual = optimizer.step
 
     def step(closure: Any = None) -> Any:

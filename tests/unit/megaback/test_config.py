@@ -192,6 +192,8 @@ def test_a_missing_key_is_reported_with_its_section(tmp_path: Path) -> None:
         ("model=null", "model = None"),
         ("zero={stage: 0, offload: optimizer}", "offload optimizer needs stage 1 or higher"),
         ("zero={stage: 2, offload: parameters}", "offload parameters needs stage 3"),
+        ("zero={stage: 0, hierarchical: true}", "hierarchical needs stage 1 or higher"),
+        ("zero={offload: optimizer, hierarchical: true}", "hierarchical and offload optimizer"),
         (
             "model={num_layers: 1, width: 32, num_heads: 4, tie_embeddings: true, base_width: 8}",
             "base_width treats lm_head and the embeddings differently",

@@ -163,6 +163,40 @@ def test_traffic_of_gradients_by_precision_reduction_and_collective(stage: int) 
     assert to_one == pytest.approx(low / (1 if stage == 3 else 2))
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_hierarchical_sharding_sends_less_between_nodes_for_more_memory(stage: int) -> None:
+    flat = config_of("reverse_7b", f"zero.stage={stage}", "batch.micro_batch_rows=1")
+    by_node = flat.model_copy(update={"zero": flat.zero.model_copy(update={"hierarchical": True})})
+    before, after = (plan_run(one, FACTS, h100s(8), 0.4) for one in (flat, by_node))
+    alone, on_one = (plan_run(one, FACTS, h100s(1), 0.4) for one in (flat, by_node))
+
+    assert before.accumulation_steps > 1
+    assert on_one == alone
+    assert after.memory.parts.total > before.memory.parts.total
+    inside, between = after.traffic.node, after.traffic.between_nodes
+    assert between.total < before.traffic.total
+    # A ring has all network cards of a node, so that fewer bytes in more steps may take longer.
+    assert (after.traffic_s < before.traffic_s) == (stage > 1)
+    assert inside is not None
+    assert inside.total + between.total == pytest.approx(after.traffic.total)
+    if stage < 3:  # the state and the traffic of one node
+        assert after.memory.parts.optimizer == alone.memory.parts.optimizer
+        assert inside.weight_bytes == alone.traffic.weight_bytes
+        assert between.total == pytest.approx(2 * 2 * after.size.total / 8 * 7 / 8)
+    else:
+        assert after.memory.parts.optimizer == before.memory.parts.optimizer
+        assert between.gradient_bytes == before.traffic.gradient_bytes
+
+
+def test_hierarchical_sharding_is_given_up_before_the_micro_batch() -> None:
+    config = config_of("reverse_7b", "zero.stage=2", "zero.hierarchical=true")
+    cluster = h100s(8)
+    memory = memory_of(config, FACTS, cluster).parts.total
+    tight = Cluster(8, 8, find_device("h100-80gb", memory * 0.95))
+
+    assert smallest_change(config, FACTS, tight) == "zero.hierarchical=false"
+
+
 def test_a_single_reduction_is_given_up_first() -> None:
     config = config_of("reverse_7b", "zero.stage=2", "zero.reduce_once=true")
     cluster = h100s(1)

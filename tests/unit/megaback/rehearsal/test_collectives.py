@@ -7,13 +7,13 @@ from megaback.rehearsal.collectives import Collective, CollectiveLog, RehearsalG
 RANK, RANKS = 2, 4
 
 
-def group_and_log(*, is_control: bool = False) -> tuple[RehearsalGroup, CollectiveLog]:
+def group_and_log(name: str = "engine") -> tuple[RehearsalGroup, CollectiveLog]:
     log = CollectiveLog()
-    return RehearsalGroup(RANK, RANKS, log, is_control=is_control), log
+    return RehearsalGroup(RANK, RANKS, log, name), log
 
 
-def sent(log: CollectiveLog, kind: str, *, is_control: bool = False) -> tuple[int, int]:
-    key = Collective(0, "starting", kind, is_control)
+def sent(log: CollectiveLog, kind: str, name: str = "engine") -> tuple[int, int]:
+    key = Collective(0, "starting", kind, name)
     return log.calls[key], log.sent_bytes[key]
 
 
@@ -36,11 +36,11 @@ def test_a_gather_in_place_leaves_the_other_parts() -> None:
 
 
 def test_messages_of_the_control_group_come_from_every_rank() -> None:
-    group, log = group_and_log(is_control=True)
+    group, log = group_and_log("control")
     parts = [torch.zeros(1, dtype=torch.int64) for _ in range(RANKS)]
     group.allgather([parts], [torch.tensor([7])])
     assert [int(part) for part in parts] == [7] * RANKS
-    assert sent(log, "all-gather", is_control=True) == (1, 24)
+    assert sent(log, "all-gather", "control") == (1, 24)
     assert sent(log, "all-gather") == (0, 0)
 
 
