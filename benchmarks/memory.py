@@ -233,7 +233,9 @@ def build_shards(folder: Path) -> Path:
 
 
 @click.command(
-    cls=Benchmark, smoke="--ranks 1 --shards {shards_without_val} --only 1-muon-none-fp32-2"
+    cls=Benchmark,
+    smoke="--ranks 1 --shards {shards_without_val} --only 1-muon-none-fp32-2 model.num_layers=1"
+    " model.width=64 model.num_heads=1 batch.context_tokens=64",
 )
 @click.option("--ranks", default="1,2", show_default=True, help="Numbers of processes.")
 @click.option("--shards", type=click.Path(path_type=Path), help="Shards without a val set.")

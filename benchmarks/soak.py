@@ -29,7 +29,9 @@ from megaback.tracking.metrics import MACHINE_FIELDS
 _DAMAGE_SHARE = 0.1
 
 
-def config_of(shards: str, steps: int, stage: int, processes: int) -> dict[str, Any]:
+def config_of(
+    shards: str, steps: int, stage: int, processes: int, every_steps: int
+) -> dict[str, Any]:
     """A tiny run that saves and validates often."""
     return {
         "run": "run",
@@ -46,7 +48,7 @@ def config_of(shards: str, steps: int, stage: int, processes: int) -> dict[str, 
             "step_timeout_s": 20,
             "collective_timeout_s": 60,
         },
-        "validation": {"every_steps": 100},
+        "validation": {"every_steps": every_steps},
         "checkpoint": {"every_steps": 10},
         "logging": {"every_steps": 100},
     }
@@ -88,14 +90,15 @@ def damage_newest(run: Path, dice: random.Random) -> bool:
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of the metrics without timings."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The lines of the metrics without timings; none of a run that was stopped before its start."""
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [
         {key: value for key, value in line.items() if key not in MACHINE_FIELDS} for line in lines
     ]
 
 
-@click.command(cls=Benchmark, smoke="{shards} --cycles 1 --max-s 6 --processes 1")
+@click.command(cls=Benchmark, smoke="{shards} --cycles 1 --max-s 2 --processes 1 --every-steps 10")
 @click.argument("shards")
 @click.option("--cycles", default=100, show_default=True, help="Number of interruptions.")
 @click.option(
@@ -107,14 +110,27 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 @click.option(
     "--max-s", default=11.0, show_default=True, help="Maximum seconds until a cycle is disturbed."
 )
+@click.option(
+    "--every-steps",
+    default=100,
+    show_default=True,
+    help="Steps between measurements of the val set; the last start ends at one of them.",
+)
 def main(
-    shards: str, cycles: int, steps: int, processes: int, stage: int, seed: int, max_s: float
+    shards: str,
+    cycles: int,
+    steps: int,
+    processes: int,
+    stage: int,
+    seed: int,
+    max_s: float,
+    every_steps: int,
 ) -> None:
     """Disturb a run, then compare it with an undisturbed one."""
     dice = random.Random(seed)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(config_of(shards, steps, stage, processes)))
+    config.write_text(yaml.safe_dump(config_of(shards, steps, stage, processes, every_steps)))
     run, done = folder / "disturbed", Counter[str]()
     codes: Counter[int] = Counter()
     started = time.monotonic()
@@ -129,7 +145,7 @@ def main(
             print(f"{cycle + 1} cycles, {time.monotonic() - started:.0f} s", flush=True)
     # A last, undisturbed start, to a step that is saved and validated; the other run trains to it.
     reached = max((line["step"] for line in metrics_of(run)), default=0)
-    last = (reached // 100 + 1) * 100
+    last = (reached // every_steps + 1) * every_steps
     for target in (run, folder / "peaceful"):
         process = start_to(config, target, last)
         if process:

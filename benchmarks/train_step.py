@@ -23,6 +23,7 @@ from typing import Any
 
 import click
 import torch
+import torch._dynamo  # once, before the ranks are forked
 from smoke import Benchmark
 from torch import Tensor
 

@@ -57,7 +57,8 @@ def main(path: Path, action: str, pairs: list[list[int]], names: list[str]) -> N
                 if saved_stage == stage:
                     if stage and world.size == read_meta(target).world_size == 2:
                         refuse_an_index_that_one_rank_finds_wrong(config, target, world)
-                    refuse_another_optimizer(path, target, optimizer, stage, world)
+                    if world.size <= 2:
+                        refuse_another_optimizer(path, target, optimizer, stage, world)
                 load_into_engine(engine, target, read_meta(target), world)
             report(world, name, saved_stage, stage, train(engine, config, world, STEPS))
     end_rank()

@@ -26,7 +26,7 @@ ModelOf = Callable[[Path], Path]
 
 @pytest.fixture
 def run(run_of: RunOf) -> Path:
-    return run_of()
+    return run_of("zero.stage=1")
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +37,8 @@ def exports(run_of: RunOf, tmp_path_factory: pytest.TempPathFactory) -> Callable
     from megaback.weights.source import open_source
 
     folder = tmp_path_factory.mktemp("exports")
-    convert(run_of(), folder / "full", "full", "float32")
-    source = open_source(run_of())
+    convert(run_of("zero.stage=1"), folder / "full", "full", "float32")
+    source = open_source(run_of("zero.stage=1"))
     for kind in ("hf", "gguf"):
         (folder / kind).mkdir()
     write_hf_folder(folder / "hf", "tiny", source, torch.float32, 10**9)

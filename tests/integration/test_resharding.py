@@ -21,7 +21,7 @@ _FP32_TOLERANCE = 1e-4
 _SAME = [(stage, stage) for stage in range(4)]
 _SOME = [*_SAME, (0, 3), (1, 3), (2, 0), (3, 2)]
 # Stages 1 and 2 share their code: between it, stage 0's and stage 3's, these are all directions.
-_PAIRS = {(2, 2): [*_SOME, (0, 1), (3, 0)], (2, 1): _SOME, (1, 2): _SOME, (2, 4): _SOME}
+_PAIRS = {(2, 2): [*_SOME, (0, 1), (3, 0)], (2, 1): _SOME, (1, 2): _SOME, (2, 4): _SAME}
 """Pairs of stages, by the number of ranks that save and that load."""
 Losses = dict[tuple[str, int, int], list[float]]
 """Losses by optimizer, stage that saved, and stage that resumed."""
