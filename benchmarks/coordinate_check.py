@@ -39,19 +39,37 @@ def by_place(
     return found
 
 
+def widths_of(_context: click.Context, _option: click.Parameter, value: str) -> list[int]:
+    """The widths of a list, ascending. Raises click.BadParameter."""
+    words = value.split(",")
+    widths = sorted({int(word) for word in words if word.strip().isdecimal()} - {0})
+    is_multiple = all(width % _HEAD_DIM == 0 for width in widths)
+    if len(words) < 2 or len(widths) < len(words) or not is_multiple:
+        raise click.BadParameter(
+            f"{value!r} is not a list of two or more different multiples of {_HEAD_DIM}, such as "
+            "64,128,256"
+        )
+    return widths
+
+
 @click.command(cls=Benchmark, smoke="--widths 64,128,256 --num-seeds 1")
-@click.option("--widths", default="64,128,256,512", show_default=True, help="Widths, in channels.")
+@click.option(
+    "--widths",
+    default="64,128,256,512",
+    show_default=True,
+    callback=widths_of,
+    help=f"Widths, in channels: multiples of {_HEAD_DIM}, which is the width of a head.",
+)
 @click.option("--steps", type=COUNT.option, default=4, show_default=True, help="Number of updates.")
 @click.option(
     "--num-seeds", type=MANY.option, default=2, show_default=True, help="Number of seeds."
 )
-def main(widths: str, steps: int, num_seeds: int) -> None:
+def main(widths: list[int], steps: int, num_seeds: int) -> None:
     """Measure the change of activations with and without model.base_width."""
-    numbers = [int(width) for width in widths.split(",")]
     rows, is_flat = [], True
     for optimizer in _OPTIMIZERS:
-        for base_width in (numbers[0], None):
-            found = by_place(numbers, base_width, optimizer, steps, num_seeds)
+        for base_width in (widths[0], None):
+            found = by_place(widths, base_width, optimizer, steps, num_seeds)
             exponents = {place: exponent(values) for place, values in found.items()}
             largest = max(map(abs, exponents.values()))
             is_flat = is_flat and (largest <= MAX_EXPONENT) == (base_width is not None)
@@ -59,7 +77,7 @@ def main(widths: str, steps: int, num_seeds: int) -> None:
                 cells = [f"{value:.3g}" for value in values.values()]
                 base = "none" if base_width is None else str(base_width)
                 rows.append([optimizer, base, place, *cells, f"{exponents[place]:+.2f}"])
-    heads = ["optimizer", "base_width", "place", *map(str, numbers), "exponent"]
+    heads = ["optimizer", "base_width", "place", *map(str, widths), "exponent"]
     click.echo("\n".join(table_lines(heads, rows, right=range(3, len(heads)))))
     if not is_flat:
         raise SystemExit("the change is not flat with model.base_width, or is flat without it")

@@ -41,6 +41,14 @@ def test_a_benchmark_runs_in_its_smoke_mode_and_gives_no_figures(
     assert not list(tmp_path.iterdir())
 
 
+def test_widths_that_cannot_be_compared_are_refused() -> None:
+    command = [sys.executable, _FOLDER / "coordinate_check.py", "--widths", "64,b"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert result.returncode == 2, result.stderr
+    assert "list of two or more different multiples of 16" in result.stderr
+
+
 def test_a_benchmark_that_fails_fails_in_its_smoke_mode_too(tmp_path: Path) -> None:
     path = tmp_path / "one.py"
     path.write_text(
