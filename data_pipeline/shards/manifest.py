@@ -36,6 +36,7 @@ from data_pipeline.common.limits import (
     MAX_SOURCE_CHARACTERS,
     MAX_VOCABULARY,
 )
+from data_pipeline.common.local_paths import with_absolute
 from data_pipeline.common.number_ranges import INT64_MAX, SHARE_BELOW_ALL
 from data_pipeline.common.regular_files import UNFIT, read_file
 from data_pipeline.errors import (
@@ -312,8 +313,8 @@ def shard_path(folder: Path, entry: ShardEntry) -> Path:
 def shards_missing(shown: str) -> ShardsMissingError:
     """The error for a folder without a manifest."""
     return ShardsMissingError(
-        f"there is no data set at {shown}, or its build is unfinished (no {MANIFEST_NAME}); check "
-        "the path, or build it with `megaback shards build`"
+        f"there is no data set at {with_absolute(shown)}, or its build is unfinished (no "
+        f"{MANIFEST_NAME}); check the path, or build it with `megaback shards build`"
     )
 
 

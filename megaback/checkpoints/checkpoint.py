@@ -22,6 +22,7 @@ from data_pipeline.common.atomic import write_text
 from data_pipeline.common.checked_json import require_sha256, require_within
 from data_pipeline.common.file_names import path_within, plain_name
 from data_pipeline.common.limits import MAX_VOCABULARY
+from data_pipeline.common.local_paths import with_absolute
 from data_pipeline.common.next_command import override
 from data_pipeline.common.number_ranges import INT64_MAX, MANY
 from data_pipeline.common.regular_files import read_file
@@ -45,6 +46,7 @@ from megaback.config_messages import sentence
 from megaback.distributed.world import World
 from megaback.run_folder import (
     FILE_NAME,
+    GGUF_NAME,
     META_NAME,
     OPTIMIZER_PREFIX,
     STEP_FOLDER,
@@ -209,8 +211,13 @@ def find_checkpoint(path: Path, part: int = 0, parts: int = 1) -> tuple[Path, Ch
     """
     candidates = checkpoints_meant_by(path)
     if not candidates:
+        if path.suffix == ".gguf" or (path / GGUF_NAME).is_file():
+            raise CheckpointMissingError(
+                f"{path} is a GGUF export, which is for llama.cpp and is not read again; give the "
+                "run, a checkpoint, or a folder that `megaback convert --to full` or hf wrote"
+            )
         raise CheckpointMissingError(
-            f"{path} holds no complete checkpoint (no step-*/{META_NAME}); "
+            f"{with_absolute(path)} holds no complete checkpoint (no step-*/{META_NAME}); "
             "give a run's folder, or train until a checkpoint is saved"
         )
     newest = candidates[-1]

@@ -94,6 +94,16 @@ class StepGuard:
             self._norms.append(gradient_norm)
 
 
+def require_updates(num_updates: int, steps: int) -> None:
+    """Raises NonFiniteError for a run at its end if it has skipped every step."""
+    if not num_updates:
+        raise NonFiniteError(
+            f"all steps ({steps:,}) were skipped, so nothing was learned: the weights are those "
+            "before the first step; see `skipped` in metrics.jsonl for the reasons, and lower "
+            "optimizer.learning_rate or inspect the data"
+        )
+
+
 def read_excluded_steps(run: Path) -> list[tuple[int, int]]:
     """Ranges of steps that rollbacks excluded, first and last. Raises RunMismatchError."""
     path = run / SKIPPED_STEPS_NAME

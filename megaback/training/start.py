@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import NonFiniteError
 from megaback.checkpoints.checkpoint import CheckpointMeta
 from megaback.config import Config
 from megaback.faults.exit_record import read_exit
@@ -34,11 +35,13 @@ class AlreadyTrained:
 def already_trained(
     config: Config, meta: CheckpointMeta, total_steps: int, end_reason: str | None = None
 ) -> AlreadyTrained | None:
-    """The end of a run at its last checkpoint, or None. Raises CheckpointCorruptError, OSError.
+    """The end of a run at its last checkpoint, or None.
 
-    `end_reason`: reason why it ends before the steps of the config.
+    `end_reason`: reason why it ends before the steps of the config. Raises CheckpointCorruptError,
+    OSError, and NonFiniteError again for a run that ended with it after its last step.
     """
     step, advice = meta.step, "raise training.steps to continue"
+    ending = read_exit(config.run)
     if step < total_steps:
         measured = read_measurements(config.run, step) or [(step, meta.val_loss)]
         patience = EarlyStopping(config.validation.patience, measured)
@@ -51,7 +54,8 @@ def already_trained(
         reason, advice = end_reason, "raise max_epochs to continue"
     else:
         reason = "trained to the end"
-    ending = read_exit(config.run)
+    if ending is not None and ending.get("code") == NonFiniteError.exit_code:
+        raise NonFiniteError(str(ending.get("reason")))
     has_finished = ending is not None and ending.get("code") == 0
     return AlreadyTrained(
         reason,

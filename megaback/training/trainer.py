@@ -19,12 +19,13 @@ from data_pipeline.errors import MegabackError, PreemptedError, UserInterruptErr
 from data_pipeline.loading.directions import Flags
 from data_pipeline.loading.rows import Batch
 from megaback.checkpoints.pipeline import CheckpointPipeline
+from megaback.checkpoints.state import num_updates
 from megaback.distributed.device_limits import peak_memory_bytes
 from megaback.distributed.engine import set_learning_rates, take_step
 from megaback.distributed.gradients import count_micro_batch, reducing_gradients
 from megaback.distributed.world import CollectiveExit, Reduction, World, attempt
 from megaback.faults.run_lock import release_lock
-from megaback.faults.step_guard import StepGuard, guarded_steps
+from megaback.faults.step_guard import StepGuard, guarded_steps, require_updates
 from megaback.faults.stop_request import StopRequest
 from megaback.model.sending import sent
 from megaback.optim.lr_schedule import rate_factor_at
@@ -148,6 +149,8 @@ class Trainer:
             started = monotonic()
         self._checkpoints.drain(self._saved_step)
         self._world.stop_if_any(self._log_error)
+        updates = self._world.gather(num_updates(run.engine), int)
+        require_updates(max(updates), run.data.total_steps)
         stopped = self._early_stopping.is_exhausted
         reason = self._early_stopping.reason if stopped else run.data.mixed.end_reason
         if reason is None:

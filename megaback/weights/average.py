@@ -5,9 +5,10 @@ Sanyal et al., 2023, arXiv 2306.03241); of runs from the same initial weights, a
 (Wortsman et al., 2022, arXiv 2203.05482).
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
+from math import prod
 from pathlib import Path
 
 import torch
@@ -49,8 +50,9 @@ def average_of(paths: Sequence[Path]) -> WeightSource:
 
     All are verified first. A read of the result reads one tensor of each and adds them in fp64, so
     that memory does not grow with their number. The description is that of the last one, without
-    its val loss. Raises ConfigError for fewer than two or for one given twice, RunMismatchError for
-    another shape, TokenizerMismatchError, DirectionMismatchError, and the errors of `open_source`.
+    its val loss. Raises ConfigError for fewer than two or for two of the same weights,
+    RunMismatchError for another shape, TokenizerMismatchError, DirectionMismatchError, and the
+    errors of `open_source`.
     """
     if len(paths) < 2:
         raise ConfigError(
@@ -62,12 +64,7 @@ def average_of(paths: Sequence[Path]) -> WeightSource:
     last = sources[-1]
     for path, source in zip(paths[:-1], sources[:-1], strict=True):
         _require_same(source, str(path), last, str(paths[-1]))
-    for one, other in combinations(identities, 2):
-        if one.sha256 is not None and one.sha256 == other.sha256:
-            raise ConfigError(
-                f"{one.path} and {other.path} are the same weights, which would count twice; give "
-                "them once"
-            )
+    _require_different(meant, sources)
 
     def mean(name: str) -> Tensor:
         total: Tensor | None = None
@@ -97,6 +94,30 @@ def _meant_by(path: Path) -> Path:
     if (path / MODEL_CONFIG_NAME).is_file():
         return path
     return max(checkpoints_meant_by(path), default=path)
+
+
+def _require_different(paths: Sequence[Path], sources: Sequence[WeightSource]) -> None:
+    """Raises ConfigError for two that have equal weights, which may be in different files.
+
+    Of sources that differ, the smallest tensors are read, one at a time.
+    """
+    shapes = sources[0].shapes
+    equal = [list(range(len(sources)))]
+    for name in sorted(shapes, key=lambda name: prod(shapes[name])):
+        by_content: dict[tuple[int, bytes], list[int]] = {}
+        for group, numbers in enumerate(equal):
+            for number in numbers:
+                content = hashlib.sha256(
+                    sources[number].read(name).float().contiguous().numpy().data
+                )
+                by_content.setdefault((group, content.digest()), []).append(number)
+        equal = [numbers for numbers in by_content.values() if len(numbers) > 1]
+        if not equal:
+            return
+    one, other = (paths[number] for number in equal[0][:2])
+    raise ConfigError(
+        f"{one} and {other} have the same weights, which would count twice; give them once"
+    )
 
 
 def _require_same(source: WeightSource, this: str, other: WeightSource, that: str) -> None:

@@ -16,7 +16,7 @@ from megaback.checkpoints.checkpoint import (
     verify_files,
 )
 from megaback.distributed.world import World
-from megaback.run_folder import META_NAME
+from megaback.run_folder import GGUF_NAME, META_NAME
 
 Save = Callable[..., Path]
 WEIGHTS = "weights-00000.safetensors"
@@ -212,3 +212,11 @@ def test_metadata_whose_step_differs_from_the_folder_is_refused(tmp_path: Path, 
 
     with pytest.raises(CheckpointCorruptError):
         read_meta(target)
+
+
+def test_a_gguf_export_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / GGUF_NAME).touch()
+
+    for path in (tmp_path, tmp_path / GGUF_NAME):
+        with pytest.raises(CheckpointMissingError, match=r"is a GGUF export.*--to full"):
+            find_checkpoint(path)

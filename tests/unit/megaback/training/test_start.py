@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.errors import NonFiniteError
 from megaback.checkpoints.checkpoint import CheckpointMeta
 from megaback.faults.exit_record import record_exit
 from megaback.training.start import already_trained, changes_on_resume, describe_changes
@@ -52,6 +53,14 @@ def test_a_run_whose_last_step_is_saved_is_trained_to_the_end(
     assert (left.reason, left.is_recorded) == ("trained to the end", code == 0)
     assert "has done 25 of 25 steps" in left.message
     assert "training.steps" in left.message
+
+
+def test_a_run_that_ended_without_an_update_ends_so_again(tmp_path: Path) -> None:
+    record_exit(tmp_path, NonFiniteError.exit_code, "NonFiniteError", "nothing was learned")
+
+    with pytest.raises(NonFiniteError, match="nothing was learned"):
+        already_trained(config_of(tmp_path), meta_at(STEPS), STEPS)
+    assert already_trained(config_of(tmp_path), meta_at(STEPS - 1), STEPS) is None
 
 
 def test_a_run_that_max_epochs_has_ended_reports_it(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.errors import PreemptedError, UserInterruptError
+from data_pipeline.errors import NonFiniteError, PreemptedError, UserInterruptError
 from megaback.checkpoints.checkpoint import find_checkpoint
 from megaback.config import Config
 from megaback.distributed.world import CollectiveExit, World
@@ -99,6 +99,18 @@ def test_a_step_with_a_non_finite_loss_changes_no_weights(
     assert list(lines_of(config, "skipped")) == [2]
     meta = find_checkpoint(config.run)[1]
     assert (meta.step, meta.updates) == (4, 3)
+
+
+def test_a_run_that_skipped_every_step_has_learned_nothing(
+    config_of: Configs, training_world: World
+) -> None:
+    config = config_of(training={"steps": 1})
+    with trainer_of(config, training_world) as (trainer, run):
+        at_forward(run, 1, lambda output: output * torch.nan)
+        with pytest.raises(NonFiniteError, match=r"all steps \(1\) were skipped, so nothing was"):
+            trainer.train()
+
+    assert find_checkpoint(config.run)[1].updates == 0
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

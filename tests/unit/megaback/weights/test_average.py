@@ -1,5 +1,6 @@
 """Averages of weights: their values, what is refused, and how much is in memory."""
 
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,16 @@ def test_one_model_and_one_given_twice_are_refused(run: Path) -> None:
         average_of([run, run / "checkpoints/step-00000010", run / "checkpoints"])
 
 
+def test_two_runs_with_equal_weights_are_refused_by_name(run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run / "checkpoints/step-00000030", tmp_path / "step-00000030")
+    meta = other / "meta.json"
+    meta.write_text(meta.read_text() + "\n")  # of another run
+
+    with pytest.raises(ConfigError, match="the same weights") as caught:
+        average_of([run / "checkpoints/step-00000010", run, other])
+    assert f"{run}/checkpoints/step-00000030 and {other} have" in str(caught.value)
+
+
 def test_non_finite_weights_are_named(run: Path, tmp_path: Path, codec: Codecs) -> None:
     _, like = write_checkpoint(tmp_path / "other", codec())
     with torch.no_grad():
@@ -141,7 +152,8 @@ def test_one_tensor_of_a_source_is_in_memory_at_a_time(
     monkeypatch.setattr(average_module, "open_source", watched)
     averaged = average_of(last_checkpoints(run, 3))
 
+    of_comparison = len(alive)
     for name in averaged.shapes:
         averaged.read(name)
-    assert len(alive) == 3 * len(averaged.shapes)
+    assert len(alive) - of_comparison == 3 * len(averaged.shapes)
     assert most == 1
