@@ -127,6 +127,8 @@ def on_fake_gpu(test: Callable[Parameters, None]) -> Callable[Parameters, None]:
 
     @wraps(test)
     def isolated(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        import torch._dynamo  # noqa: F401 - once here, not in each fork
+
         def with_device() -> None:
             with _entered():
                 test(*args, **kwargs)
