@@ -18,6 +18,7 @@ from data_pipeline.common.number_ranges import (
 from data_pipeline.common.shared_options import json_option
 from data_pipeline.common.terminal import echo, table_lines
 from data_pipeline.errors import ConfigError
+from launcher.plan_choice import choice_to_json, require_own_config, show_choice, write_choice
 from megaback.config import Config
 from megaback.config_file import load_config
 from megaback.horizons import horizons_of
@@ -28,6 +29,7 @@ from megaback.planning.memory import Parts
 from megaback.planning.network import ring_rate
 from megaback.planning.plan import DEFAULT_MFU, RunPlan, plan_run, require_room, smallest_change
 from megaback.planning.run_settings import Cluster
+from megaback.planning.search import search
 from megaback.planning.step_time import StepTime
 
 nodes_option = click.option(
@@ -214,6 +216,7 @@ def to_json(
     name="plan",
     epilog=examples(
         "megaback plan configs/reverse_7b.yaml --nodes 8 --device-name h100-80gb",
+        "megaback plan configs/reverse_7b.yaml --nodes 64 --device-name h100-80gb --choose",
         "megaback plan configs/demo.yaml model.width=512 --device-name cpu",
         "megaback plan configs/reverse_1b.yaml --device-name a100-80gb --training-tokens "
         "2e10 --vocab-size 32000 --json",
@@ -249,6 +252,16 @@ def to_json(
     type=VOCABULARY.option,
     help="Vocabulary size, if there is no data yet. Default: 8888.",
 )
+@click.option(
+    "--choose",
+    "does_choose",
+    is_flag=True,
+    help="Find the fastest settings of zero, activation checkpointing and micro-batch that fit, "
+    "and print five of them.",
+)
+@click.option(
+    "--write", "does_write", is_flag=True, help="With --choose: put the fastest ones into CONFIG."
+)
 @json_option
 def main(
     config: Path,
@@ -261,6 +274,8 @@ def main(
     mfu: float | None,
     training_tokens: float | None,
     vocab_size: int | None,
+    does_choose: bool,
+    does_write: bool,
     as_json: bool,
 ) -> None:
     """Estimate what the run of CONFIG, with key.sub=value OVERRIDES, needs on a cluster.
@@ -268,6 +283,12 @@ def main(
     No GPU is needed. If the run does not fit, the exit code is 14 and the smallest change that
     fits is printed.
     """
+    if does_write:
+        if not does_choose:
+            raise ConfigError("`write` writes what `choose` has found; give both")
+        require_own_config(config, overrides)
+    if does_choose and mfu is not None:
+        raise ConfigError("`choose` predicts the speed that `mfu` gives; omit one of the two")
     settings = load_config(config, overrides)
     per_node = devices_per_node or settings.hardware.processes or 8
     chosen = choose_device(device_name, settings, per_node, memory_gb)
@@ -277,6 +298,17 @@ def main(
         raise ConfigError(f"{chosen.name} does not compute in bf16; set training.precision=fp32")
     cluster = Cluster(nodes, per_node, chosen)
     facts = run_facts(settings, vocab_size, training_tokens)
+    if does_choose:
+        found = search(settings, facts, cluster)
+        written = write_choice(config, found.fastest[0]) if does_write else None
+        if as_json:
+            fields = choice_to_json(settings, facts, cluster, found)
+            click.echo(json.dumps({**fields, "written": written}, indent=2))
+            return
+        show_choice(settings, facts, cluster, found)
+        if written is not None:
+            echo(f"written  {written}")
+        return
     plan = plan_run(settings, facts, cluster, mfu)
     fits = plan.memory.parts.total <= chosen.memory_bytes
     if as_json:

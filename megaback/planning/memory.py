@@ -6,7 +6,7 @@ start of the backward pass, in its first and last block, at its end, and in the 
 model at the start and the copy of a checkpoint are in host memory, on a CPU the rank's own.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from megaback.config import ModelSection
 from megaback.planning.activation_memory import (
@@ -138,7 +138,7 @@ class Parts:
 
     @property
     def total(self) -> float:
-        return float(sum(asdict(self).values()))
+        return float(sum(vars(self).values()))
 
 
 @dataclass(frozen=True)

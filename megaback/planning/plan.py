@@ -23,7 +23,8 @@ DEFAULT_MFU = 0.4
 _MAX_CHANGES = 3
 _MAX_NODE_DOUBLINGS = 6
 _DAY_S = 86_400
-_NODES = "--nodes"
+NODES = "--nodes"
+"""Option of the commands for which changes are advised."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def smallest_change(
     of more sharding, smaller micro-batch, activation checkpointing, offload, more nodes.
     """
     options = [
-        option for option in _changes(config, cluster) if can_add_nodes or option[1] != _NODES
+        option for option in _changes(config, cluster) if can_add_nodes or option[1] != NODES
     ]
     kinds = range(len(options))
     for count in range(1, _MAX_CHANGES + 1):
@@ -212,7 +213,7 @@ def _changes(config: Config, cluster: Cluster) -> Iterator[_Option]:
     if config.zero.offload == "none" and not cluster.device.is_cpu:
         yield "zero", "offload", ("optimizer",)
     doublings = range(1, _MAX_NODE_DOUBLINGS + 1)
-    yield "", _NODES, tuple(cluster.nodes << doubling for doubling in doublings)
+    yield "", NODES, tuple(cluster.nodes << doubling for doubling in doublings)
     if config.zero.offload != "parameters" and not cluster.device.is_cpu:
         yield "zero", "offload", ("parameters",)
 
@@ -233,7 +234,7 @@ def _combined(
         else:
             on = replace(cluster, nodes=int(str(value)))
             words = f"{key} {value}"
-        if not _is_allowed(changed):
+        if not is_allowed(changed):
             continue
         if not others:
             yield words, changed, on
@@ -242,7 +243,7 @@ def _combined(
                 yield f"{words} {more}", last_config, last_cluster
 
 
-def _is_allowed(config: Config) -> bool:
+def is_allowed(config: Config) -> bool:
     """Whether the stage supports the offload, as in ZeroSection, and compilation."""
     if config.zero.hierarchical and config.zero.offload != "none":
         return False

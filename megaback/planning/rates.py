@@ -69,6 +69,11 @@ ASSUMPTIONS = {
     "LAUNCH_S": Assumption(
         "seconds of the host to launch a kernel from Python", 8e-6, "not measured"
     ),
+    "STAGE3_HOST_S": Assumption(
+        "seconds of the host per layer and micro-batch for the hooks of ZeRO 3",
+        7e-3,
+        "measured on one core of a CPU by megaback rehearse, 12 layers without arithmetic",
+    ),
     "STEP_HOST_S": Assumption(
         "seconds of a step in which the device waits for the host", 5e-3, "not measured"
     ),

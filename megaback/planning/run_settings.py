@@ -30,11 +30,16 @@ class Cluster:
         return f"{self.nodes} x {self.devices_per_node} {self.device.name}"
 
 
+def batch_of(config: Config, cluster: Cluster) -> tuple[int, int]:
+    """Rows per micro-batch, and accumulation steps, of each rank. Raises BatchError."""
+    return split_batch(config.batch, cluster.ranks)
+
+
 def setting_of(
     config: Config, facts: RunFacts, cluster: Cluster, rank: int | None = None
 ) -> Setting:
     """Settings that determine a rank's memory. Raises BatchError."""
-    micro_rows, accumulation = split_batch(config.batch, cluster.ranks)
+    micro_rows, accumulation = batch_of(config, cluster)
     return Setting(
         shape=config.model,
         vocab_size=facts.vocab_size,
@@ -63,7 +68,7 @@ def traffic_of(
     config: Config, facts: RunFacts, cluster: Cluster, rank: int | None = None
 ) -> Traffic:
     """Traffic of a rank per step. Raises BatchError."""
-    _, accumulation = split_batch(config.batch, cluster.ranks)
+    _, accumulation = batch_of(config, cluster)
     return step_traffic(
         config.model,
         facts.vocab_size,
@@ -87,7 +92,7 @@ def time_of(
     peak = peak_flops(config, cluster.device)
     if peak is None or cluster.device.is_cpu:
         return None
-    _, accumulation = split_batch(config.batch, cluster.ranks)
+    _, accumulation = batch_of(config, cluster)
     step = TimedStep(
         setting=setting_of(config, facts, cluster, rank),
         traffic=traffic_of(config, facts, cluster, rank),

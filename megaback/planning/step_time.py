@@ -216,13 +216,14 @@ def _stage3_network(
 
 
 def _launches_s(step: TimedStep) -> float:
-    """Seconds of the host to launch a micro-batch's kernels."""
+    """Seconds of the host to launch a micro-batch's kernels, and of ZeRO 3's hooks."""
     setting = step.setting
     forward, backward, loss = _KERNELS[step.is_compiled]
     again = forward if setting.checkpointing == "block" else 0
     chunks = ceil(setting.micro_batch_tokens / setting.loss_chunk_tokens)
     kernels = setting.shape.num_layers * (forward + backward + again) + chunks * loss
-    return kernels * assumed("LAUNCH_S")
+    hooks = setting.shape.num_layers * assumed("STAGE3_HOST_S") if setting.stage == 3 else 0.0
+    return kernels * assumed("LAUNCH_S") + hooks
 
 
 def _offload_s(step: TimedStep) -> float:

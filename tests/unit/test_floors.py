@@ -21,7 +21,7 @@ FLOORS = [
     ["data_pipeline.tokenizer"],
     ["megaback.own_process", "megaback.source_definitions"],
     ["megaback.errors", "megaback.installation", "megaback.environment", "megaback.yaml_text"],
-    ["megaback.run_folder"],
+    ["megaback.run_folder", "megaback.yaml_edit"],
     ["megaback.config_messages", "megaback.config_section", "megaback.use_commands"],
     ["megaback.config_data", "megaback.config_validation"],
     ["megaback.config_operation"],

@@ -100,6 +100,19 @@ def test_a_ring_uses_all_network_cards_of_a_node_and_an_exchange_its_own() -> No
     assert ring_rate(H100.with_network(1e12), 2, 8) == ring_rate(H100, 1, 8)
 
 
+def test_the_hooks_of_stage_3_slow_small_micro_batches_only() -> None:
+    cluster = Cluster(8, 8, H100)
+
+    def host_s(stage: int, rows: int) -> float:
+        one_row = (f"zero.stage={stage}", f"batch.global_batch_rows={64 * rows}")
+        small = ("model.width=512", "model.num_heads=4", "model.num_kv_heads=4")
+        shape = ("model.mlp_width=null", f"batch.micro_batch_rows={rows}")
+        return parts(config_of(*one_row, *small, *shape), cluster).host_s
+
+    assert host_s(3, 1) > 0.1 > host_s(1, 1)
+    assert host_s(3, 64) == pytest.approx(host_s(1, 64))
+
+
 def test_the_time_of_unknown_devices_is_not_predicted() -> None:
     assert time_of(config_of(), FACTS, Cluster(1, 8, cpu_device(1e12, 1e12))) is None
     unknown = replace(H100, memory_rate=None)
