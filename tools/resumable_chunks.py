@@ -1,11 +1,13 @@
 """Resumable output in chunks: a kill loses at most the current chunk.
 
 A chunk is a list of JSON values. Chunks are dealt to tasks in turn: task t of N has chunks t,
-t + N, ... A task appends each as one line to its part, which is renamed once it is complete.
+t + N, ... A task appends each to its part, as one line with a checksum that another task's line
+does not have. The part is renamed once it is complete.
 """
 
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ class ResumableChunks:
     def append(self, task: int, chunk: Chunk) -> None:
         """Append a chunk durably (fsync). Raises OSError."""
         with open_in_place(self._unfinished(task), "ab") as file:
-            file.write(json.dumps(chunk).encode() + b"\n")
+            file.write(_line(json.dumps(chunk).encode(), task))
             file.flush()
             os.fsync(file.fileno())
 
@@ -79,15 +81,18 @@ class ResumableChunks:
                 file.close()
 
     def _parsed(self, line: bytes, number: int) -> Chunk:
+        task = number % self._num_tasks
+        content = line.partition(b" ")[2].removesuffix(b"\n")
         try:
-            chunk = parse_json(line)
+            if line != _line(content, task):
+                raise ValueError("its checksum differs")
+            chunk = parse_json(content)
             if not isinstance(chunk, list):
                 raise ValueError("it is not a list")
         except ValueError as error:
-            path = self._path(number % self._num_tasks)
+            place = f"{self._path(task)}:{number // self._num_tasks + 1}"
             raise StorageError(
-                f"{path}:{number // self._num_tasks + 1} is corrupted ({error}); remove the file "
-                "and run the command again"
+                f"{place} is corrupted ({error}); remove the file and run the command again"
             ) from None
         return chunk
 
@@ -100,3 +105,8 @@ class ResumableChunks:
 
     def _unfinished(self, task: int) -> Path:
         return self._folder / f"part-{task:05d}.unfinished"
+
+
+def _line(content: bytes, task: int) -> bytes:
+    """The line of a chunk: its checksum, which depends on the task, and its JSON."""
+    return b"%08x %s\n" % (zlib.crc32(content, task), content)

@@ -55,7 +55,29 @@ def test_symbolic_links_are_not_followed(tmp_path: Path) -> None:
 def test_a_corrupted_line_is_an_error_with_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
-    monkeypatch.setattr(resumable_chunks, "_MAX_LINE_BYTES", 20)
-    (tmp_path / "part-00000.jsonl").write_text(line + "\n")
+    monkeypatch.setattr(resumable_chunks, "_MAX_LINE_BYTES", 30)
+    (tmp_path / "part-00000.jsonl").write_bytes(resumable_chunks._line(line.encode(), 0))
     with pytest.raises(StorageError, match=r"part-00000\.jsonl:1 is corrupted"):
         list(ResumableChunks(tmp_path, 1).read_all())
+
+
+def finished(folder: Path) -> list[Path]:
+    """The parts of two tasks, with a chunk each."""
+    parts = ResumableChunks(folder, 2)
+    for task in (0, 1):
+        parts.resume(task)
+        parts.append(task, [1.25])
+        parts.finish(task)
+    return [folder / f"part-{task:05d}.jsonl" for task in (0, 1)]
+
+
+def test_an_altered_digit_and_the_part_of_another_task_are_found(tmp_path: Path) -> None:
+    first, second = finished(tmp_path)
+    own = first.read_bytes()
+
+    for other in (second.read_bytes(), own.replace(b"1.25", b"1.35")):
+        first.write_bytes(other)
+        with pytest.raises(StorageError, match=r"part-00000\.jsonl:1 is corrupted \(its checksum"):
+            list(ResumableChunks(tmp_path, 2).read_all())
+    first.write_bytes(own)
+    assert list(ResumableChunks(tmp_path, 2).read_all()) == [[1.25], [1.25]]
