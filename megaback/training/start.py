@@ -38,10 +38,10 @@ def already_trained(
     """The end of a run at its last checkpoint, or None.
 
     `end_reason`: reason why it ends before the steps of the config. Raises CheckpointCorruptError,
-    OSError, and NonFiniteError again for a run that ended with it after its last step.
+    OSError, and NonFiniteError again for a run that ended with it as it had skipped every step.
     """
     step, advice = meta.step, "raise training.steps to continue"
-    ending = read_exit(config.run)
+    ending = read_exit(config.run) or {}
     if step < total_steps:
         measured = read_measurements(config.run, step) or [(step, meta.val_loss)]
         patience = EarlyStopping(config.validation.patience, measured)
@@ -54,9 +54,9 @@ def already_trained(
         reason, advice = end_reason, "raise max_epochs to continue"
     else:
         reason = "trained to the end"
-    if ending is not None and ending.get("code") == NonFiniteError.exit_code:
+    if ending.get("code") == NonFiniteError.exit_code and not meta.updates:
         raise NonFiniteError(str(ending.get("reason")))
-    has_finished = ending is not None and ending.get("code") == 0
+    has_finished = ending.get("code") == 0
     return AlreadyTrained(
         reason,
         f"nothing is left to do: {config.run} has done {step:,} of {total_steps:,} steps "

@@ -1,5 +1,6 @@
 """Steps left at a start, and keys changed on resume."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,10 @@ def test_a_run_that_ended_without_an_update_ends_so_again(tmp_path: Path) -> Non
     record_exit(tmp_path, NonFiniteError.exit_code, "NonFiniteError", "nothing was learned")
 
     with pytest.raises(NonFiniteError, match="nothing was learned"):
-        already_trained(config_of(tmp_path), meta_at(STEPS), STEPS)
-    assert already_trained(config_of(tmp_path), meta_at(STEPS - 1), STEPS) is None
+        already_trained(config_of(tmp_path), replace(meta_at(STEPS), updates=0), STEPS)
+    left = already_trained(config_of(tmp_path), meta_at(STEPS), STEPS)  # cut before the error
+    assert left is not None
+    assert left.reason == "trained to the end"
 
 
 def test_a_run_that_max_epochs_has_ended_reports_it(tmp_path: Path) -> None:
