@@ -1,9 +1,9 @@
 """Units of work of parallel test processes (`pytest -n 2`).
 
 A unit is a file, so that its fixtures are made once and its tests keep their order; or all tests of
-a Slurm cluster, which is started once; or the files that share finished runs. Units are assigned in
-the order of collection: files of real processes, which take minutes, are first, and short ones fill
-the gaps at the end.
+a Slurm cluster, which is started once; or the files that share finished runs and ranks that stay
+warm. Units are assigned in the order of collection: files of real processes, which take minutes,
+are first, and short ones fill the gaps at the end.
 """
 
 from typing import Any
@@ -15,12 +15,18 @@ _TOGETHER = {
     **{
         f"tests/integration/test_{name}.py": "finished runs"
         for name in (
-            "training",
-            "parity",
-            "inspect",
+            "branches",
             "fine_tuning",
+            "fp32_weights",
+            "horizons",
             "infill_command",
+            "inspect",
+            "interruption",
+            "measurements",
+            "next_commands",
+            "parity",
             "shipped_configs",
+            "training",
         )
     },
 }

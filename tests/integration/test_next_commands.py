@@ -207,9 +207,13 @@ def test_commands_named_by_inspect_for_a_run_and_its_checkpoints_work(
 
 
 def test_a_finished_run_names_its_folder_and_next_command(
-    base: Path, run_of: RunOf, capsys: pytest.CaptureFixture[str], place: Path, tiny_shards: Path
+    base: Path,
+    lonely_run_of: RunOf,
+    capsys: pytest.CaptureFixture[str],
+    place: Path,
+    tiny_shards: Path,
 ) -> None:
-    forward = Path(shutil.copytree(run_of(*FORWARD), place / "runs/forward"))
+    forward = Path(shutil.copytree(lonely_run_of(*FORWARD), place / "runs/forward"))
     for run, given in ((base, "--ending"), (forward, "--beginning")):
         shown = run.relative_to(place)
         config = read_run_config(tiny_shards, f"run={shown}")
