@@ -15,7 +15,7 @@ import numpy as np
 from data_pipeline.loading.directions import Flags, exchange
 from data_pipeline.loading.document_index import DocumentIndex, Indices
 from data_pipeline.loading.frame_store import FrameStore
-from data_pipeline.loading.rows import RowReader, Rows, ends_of_rows
+from data_pipeline.loading.rows import RowReader, Rows, fill_ends
 from data_pipeline.text.codec import Direction
 
 _MAX_GROUP_SPAN = 4
@@ -27,56 +27,61 @@ class _Spans:
     """The spans of a group's rows, in stored order."""
 
     rows: Indices
-    """First span of each row, the one after its last, and its tokens without padding: shape
-    (rows, 3)."""
+    """Number of spans of each row, the span after its last, and its tokens without padding: shape
+    (3, rows)."""
     places: Indices
-    """Frame, and first and last (exclusive) id of each span: shape (spans, 3)."""
+    """Frame, and first and last (exclusive) id of each span: shape (3, spans)."""
 
 
 class _Groups:
     """The spans of the groups that were read last, in arrays over all of them."""
 
-    def __init__(self, num_groups: int, num_rows: int) -> None:
-        # Of each group and direction, 1 + its slot; 0 without one.
-        self._slot_after = np.zeros(2 * num_groups, dtype=np.int64)
+    def __init__(self, num_keys: int, num_rows: int) -> None:
+        """A key is a group in one direction."""
+        # Of each key, 1 + its slot; 0 without one.
+        self._slot_after = np.zeros(num_keys, dtype=np.int64)
         self._oldest: deque[int] = deque()
-        self._rows = np.empty((0, num_rows, 3), dtype=np.int64)
-        self._places = np.empty((0, 0, 3), dtype=np.int64)
+        self._rows = np.empty((3, 0, num_rows), dtype=np.int64)
+        self._places = np.empty((3, 0, 0), dtype=np.int64)
 
     def make_room(self, num_groups: int, num_spans: int = 0) -> None:
         """Make room for at least as many groups, of at least as many spans each."""
-        old_groups, old_spans, _ = self._places.shape
+        _, old_groups, old_spans = self._places.shape
         groups, spans = max(num_groups, old_groups), max(num_spans, old_spans)
         if (groups, spans) != (old_groups, old_spans):
-            self._rows = _enlarged(self._rows, (groups, *self._rows.shape[1:]))
-            self._places = _enlarged(self._places, (groups, spans, 3))
+            self._rows = _enlarged(self._rows, (3, groups, self._rows.shape[2]))
+            self._places = _enlarged(self._places, (3, groups, spans))
 
     def add(self, key: int, spans: _Spans) -> None:
         """Add a group, in place of the oldest one if there is no room."""
-        self.make_room(0, len(spans.places))
+        num_spans = spans.places.shape[1]
+        self.make_room(0, num_spans)
         slot = len(self._oldest)
-        if slot == len(self._rows):
+        if slot == self._rows.shape[1]:
             oldest = self._oldest.popleft()
             slot = int(self._slot_after[oldest]) - 1
             self._slot_after[oldest] = 0
         self._oldest.append(key)
         self._slot_after[key] = slot + 1
-        self._rows[slot] = spans.rows
-        self._places[slot, : len(spans.places)] = spans.places
+        self._rows[:, slot] = spans.rows
+        self._places[:, slot, :num_spans] = spans.places
 
     def missing(self, keys: Indices) -> list[int]:
-        missing: list[int] = keys[self._slot_after[keys] == 0].tolist()
+        slot_after = self._slot_after[keys]
+        if slot_after.all():  # the usual case
+            return []
+        missing: list[int] = keys[slot_after == 0].tolist()
         return list(dict.fromkeys(missing))
 
     def of(self, keys: Indices, row: Indices) -> tuple[Indices, Indices, Indices]:
         """Places of the spans of rows; for each row the end of its spans, and its tokens."""
         slot = self._slot_after[keys] - 1
-        first, last, tokens = self._rows[slot, row].T
-        number = last - first
+        _, num_rows = self._rows.shape[1:]
+        number, last, tokens = self._rows.reshape(3, -1)[:, slot * num_rows + row]
         ends = np.cumsum(number)
-        start = slot * self._places.shape[1] + last - ends
-        spans = np.arange(number.sum()) + np.repeat(start, number)
-        return self._places.reshape(-1, 3)[spans], ends, tokens
+        spans = np.repeat(slot * self._places.shape[2] + last - ends, number)
+        spans += np.arange(len(spans))
+        return self._places.reshape(3, -1)[:, spans], ends, tokens
 
 
 def _enlarged(array: Indices, shape: tuple[int, ...]) -> Indices:
@@ -97,7 +102,7 @@ class DocumentRowReader(RowReader):
         self._shard_ends = np.cumsum(frames.shard_tokens)
         frame_tokens = frames.manifest.frame_tokens
         self._missing = np.cumsum(-frames.shard_tokens % frame_tokens)
-        self._groups = _Groups(index.totals.groups, index.totals.rows_per_group)
+        self._groups = _Groups((1 + both) * index.totals.groups, index.totals.rows_per_group)
         self._lock = Lock()
 
     def keep(self, windows: int, window_frames: int, ahead_rows: int = 0) -> None:
@@ -111,49 +116,58 @@ class DocumentRowReader(RowReader):
         self._groups.make_room((1 + self.text_format.both) * windows * (window_frames + 1))
 
     def frames_of(self, frame: Indices, row: Indices, is_forward_N: Flags | None = None) -> Indices:
-        spans, _, _ = self._spans_of(frame, row, self._directions(len(frame), is_forward_N)[1])
-        return spans[:, 0].copy()
+        is_forward_N = self._directions(len(frame), is_forward_N)
+        spans, _, _ = self._spans_of(frame, row, is_forward_N)
+        frames: Indices = spans[0]
+        return frames
 
     def read(self, frame: Indices, row: Indices, is_forward_N: Flags | None = None) -> Rows:
-        is_forward_N, is_flipped_N = self._directions(len(frame), is_forward_N)
-        spans, ends, lengths_N = self._spans_of(frame, row, is_flipped_N)
-        window_NC = self.frames.spans(*spans.T).reshape(len(frame), self.context_tokens + 1)
-        if is_flipped_N.all():
-            window_NC = window_NC[:, ::-1]
-            exchange(window_NC, self.begin_id, self.end_id)
-        elif is_flipped_N.any():
+        is_forward_N = self._directions(len(frame), is_forward_N)
+        spans, ends, lengths_N = self._spans_of(frame, row, is_forward_N)
+        window_NC = self.frames.spans(*spans).reshape(len(frame), self.context_tokens + 1)
+        if is_forward_N is not None:
+            is_flipped_N = self.are_flipped(is_forward_N)
             flipped_NC = window_NC[is_flipped_N][:, ::-1]
             exchange(flipped_NC, self.begin_id, self.end_id)
             window_NC[is_flipped_N] = flipped_NC
+        elif self.is_flipped:
+            window_NC = window_NC[:, ::-1]
+            exchange(window_NC, self.begin_id, self.end_id)
         if self.frames.skipped_frames:
-            is_bad = self.frames.is_skipped(spans[:, 0])
+            is_bad = self.frames.is_skipped(spans[0])
             is_bad_N = np.logical_or.reduceat(is_bad, [0, *ends[:-1]])
-            lengths_N[is_bad_N & (lengths_N > 0)] = -1
-        window_NC[ends_of_rows(np.maximum(lengths_N, 0), window_NC.shape[1])] = self.end_id
+            is_bad_N &= lengths_N > 0
+            window_NC[is_bad_N] = self.end_id
+            lengths_N[is_bad_N] = -1
+        fill_ends(window_NC, lengths_N, self.end_id)
         return Rows(
-            window_NC[:, :-1], window_NC[:, -1].copy(), lengths_N, is_forward_N=is_forward_N
+            window_NC[:, :-1],
+            window_NC[:, -1],
+            lengths_N,
+            is_forward_N=is_forward_N,
+            are_whole=True,
         )
 
-    def _directions(self, num_rows: int, is_forward_N: Flags | None) -> tuple[Flags | None, Flags]:
-        """Flags of the rows that are read forward, for a model of both directions, and of those
-        that are read against the stored direction."""
-        if not self.text_format.both:
-            return None, np.full(num_rows, self.is_flipped)
-        is_forward_N = self.are_forward(num_rows, is_forward_N)
-        return is_forward_N, self.are_flipped(is_forward_N)
+    def _directions(self, num_rows: int, is_forward_N: Flags | None) -> Flags | None:
+        """Flags of the rows that are read forward, for a model of both directions; else None."""
+        return self.are_forward(num_rows, is_forward_N) if self.text_format.both else None
 
     def _spans_of(
-        self, frame: Indices, row: Indices, is_flipped_N: Flags
+        self, frame: Indices, row: Indices, is_forward_N: Flags | None
     ) -> tuple[Indices, Indices, Indices]:
         """As `_Groups.of`. The spans of every row have `context_tokens` + 1 tokens."""
-        keys = 2 * frame + is_flipped_N
+        num_groups, keys = self.index.totals.groups, frame
+        if is_forward_N is not None:
+            keys = frame + num_groups * self.are_flipped(is_forward_N)
         with self._lock:
             missing = self._groups.missing(keys)
             if missing:
                 self._groups.make_room(len(np.unique(keys)))
             while missing:
                 for key in missing:
-                    self._groups.add(key, self._spans(key // 2, is_flipped=bool(key % 2)))
+                    are_flipped, number = divmod(key, num_groups)
+                    is_flipped = self.is_flipped if is_forward_N is None else bool(are_flipped)
+                    self._groups.add(key, self._spans(number, is_flipped=is_flipped))
                 # One that was there may have been replaced.
                 missing = self._groups.missing(keys)
             return self._groups.of(keys, row)
@@ -184,7 +198,7 @@ class DocumentRowReader(RowReader):
             row, places, context_tokens + 1 - filled, manifest.frame_tokens, is_flipped=is_flipped
         )
         bounds = np.searchsorted(row, np.arange(num_rows + 1))
-        return _Spans(np.stack([bounds[:-1], bounds[1:], filled], axis=1), places)
+        return _Spans(np.stack([np.diff(bounds), bounds[1:], filled]), places.T)
 
 
 def _cut_at_frames(

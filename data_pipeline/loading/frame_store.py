@@ -7,7 +7,7 @@ decoded while other work runs.
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import CancelledError, Executor, Future
 from dataclasses import dataclass
 from threading import Condition
@@ -105,39 +105,36 @@ class FrameStore:
 
         Raises the errors of `rows`.
         """
-        left = np.arange(len(frame))
-        parts: list[memoryview | bytes] = [b""] * len(frame)
-        while True:
-            wanted = frame[left]
-            for number in dict.fromkeys(wanted[self._slot_after[wanted] == 0].tolist()):
-                self._bring(number)
+        for _ in range(2):
             # Held while ids are copied, so that no frame is replaced meanwhile.
             with self._changed:
-                slot = self._slot_after[wanted] - 1
-                views = self._views(slot, start[left], stop[left])
+                slot = self._slot_after[frame]
+                if slot.all():  # the usual case
+                    ids = bytearray().join(self._views(slot - 1, start, stop))
+                    return np.frombuffer(ids, dtype=self._slots.dtype)
+            for number in dict.fromkeys(frame[slot == 0].tolist()):
+                self._bring(number)
+        # Other threads, or these frames themselves, replace frames that were just decoded.
+        left = np.arange(len(frame))
+        parts = [b""] * len(frame)
+        while left.size:
+            for number in dict.fromkeys(frame[left].tolist()):
+                self._bring(number)
+            with self._changed:
+                slot = self._slot_after[frame[left]] - 1
                 is_there = slot >= 0
-                if len(left) == len(frame) and is_there.all():  # the usual case
-                    ids = bytearray().join(views)
-                    break
-                for number, view, there in zip(left.tolist(), views, is_there, strict=True):
-                    if there:
-                        parts[number] = bytes(view)
+                ready = left[is_there]
+                views = self._views(slot[is_there], start[ready], stop[ready])
+                for number, view in zip(ready.tolist(), views, strict=True):
+                    parts[number] = bytes(view)
             left = left[~is_there]
-            if not left.size:
-                ids = bytearray().join(parts)
-                break
-        return np.frombuffer(ids, dtype=self._slots.dtype)
+        return np.frombuffer(bytearray().join(parts), dtype=self._slots.dtype)
 
-    def _views(self, slot: Indices, start: Indices, stop: Indices) -> list[memoryview]:
-        """Bytes of ids `start` to `stop` of slots."""
-        buffer, id_bytes = self._slots.reshape(-1).view(np.uint8).data, self._slots.itemsize
+    def _views(self, slot: Indices, start: Indices, stop: Indices) -> Iterator[memoryview]:
+        """Ids `start` to `stop` of slots."""
         before = slot * self._slots.shape[1]
-        places = zip(
-            ((before + start) * id_bytes).tolist(),
-            ((before + stop) * id_bytes).tolist(),
-            strict=True,
-        )
-        return [buffer[first:last] for first, last in places]
+        places = map(slice, (before + start).tolist(), (before + stop).tolist())
+        return map(self._slots.reshape(-1).data.__getitem__, places)
 
     def frame(self, frame: int) -> Ids:
         """Ids of one frame. Raises ShardCorruptError or SourceUnreadableError, unless skipped."""

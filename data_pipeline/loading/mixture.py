@@ -2,7 +2,7 @@
 
 Row n of the mixture, counted over all steps, is row m of one of the data sets. Data sets alternate
 as evenly as their weights allow (each as Bresenham's algorithm draws a line), so that any range of
-rows has each data set's share, within one row per data set.
+rows has each data set's share, within one row for each other data set.
 
 Weights may change at given rows. Between two changes shares are constant: each such span has a line
 per data set, which begins where rounding in earlier spans has left it, so that errors do not add
@@ -12,6 +12,8 @@ up. Memory is a few numbers per data set and change, whatever the number of rows
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +50,7 @@ class Spans:
         self.before: list[list[int]] = []
         """Number of rows of each data set before each span."""
         self._late = [0] * num_data_sets  # rows that are due and not dealt, in units of 1 / _ROW
+        self._counted: tuple[int, list[int]] | None = None  # the latest counts of the last span
 
     def begin(self, change: Change) -> None:
         """End the last span and begin the next one. Raises ConfigError for invalid weights."""
@@ -60,17 +63,21 @@ class Spans:
                 dealt = count - self.before[-1][number]
                 self._late[number] += num_rows * part * _ROW // all_parts - dealt * _ROW
         parts = _parts_of(change.weights)
-        of = [sum(parts[number:]) for number in range(len(parts))]
+        of = list(accumulate(reversed(parts)))[::-1]
         self.first_row.append(change.first_row)
         self.parts.append(parts)
         self.of.append(of)
         self.phases.append(_phases(parts, of, self._late))
         self.before.append(before)
+        self._counted = None
 
     def counts(self, num_rows: int) -> list[int]:
         """Number of rows of each data set before and among the first rows of the last span."""
-        dealt = _counts(num_rows, self.parts[-1], self.of[-1], self.phases[-1])
-        return [a + b for a, b in zip(self.before[-1], dealt, strict=True)]
+        if self._counted is None or self._counted[0] != num_rows:
+            dealt = _counts(num_rows, self.parts[-1], self.of[-1], self.phases[-1])
+            counts = [a + b for a, b in zip(self.before[-1], dealt, strict=True)]
+            self._counted = num_rows, counts
+        return self._counted[1]
 
     def find(self, data_set: int, row: int, num_rows: int) -> int:
         """Row of the mixture that is a row of a data set, among the first rows of the last span."""
@@ -91,6 +98,16 @@ class Mixture:
         spans = Spans(len(weights))
         for change in (Change(0, tuple(weights)), *changes):
             spans.begin(change)
+        self._set(spans)
+
+    @classmethod
+    def of_spans(cls, spans: Spans) -> "Mixture":
+        """The mixture of spans, of which there is at least one."""
+        mixture = cls.__new__(cls)
+        mixture._set(spans)
+        return mixture
+
+    def _set(self, spans: Spans) -> None:
         self._first_row: Indices = np.array(spans.first_row, dtype=np.int64)
         self._parts: Indices = np.array(spans.parts, dtype=np.int64)
         self._of: Indices = np.array(spans.of, dtype=np.int64)
@@ -175,25 +192,29 @@ def _once_if_equal(span: Indices) -> Indices:
 
 
 def _parts_of(weights: Sequence[float]) -> list[int]:
-    if not any(weights) or not all(0 <= weight < float("inf") for weight in weights):
+    # Divided first, as the sum of large weights could be infinite.
+    largest = max(weights, default=0.0)
+    ratios = [weight / largest for weight in weights] if 0 < largest < inf else []
+    total = sum(ratios)
+    if not total > 0 or min(ratios) < 0:  # a sum with NaN is NaN
         raise ConfigError(
             f"weights of data sets must be finite, not negative, and not all 0, got {list(weights)}"
         )
-    # Divided first, as the sum of large weights could be infinite.
-    ratios = [weight / max(weights) for weight in weights]
-    total = sum(ratios)
     return [max(1, round(ratio / total * _RESOLUTION)) if ratio else 0 for ratio in ratios]
 
 
 def _phases(parts: list[int], of: list[int], late: list[int]) -> list[int]:
     """Phases from which a span's lines make up for `late` rows, as far as one row per line does."""
     phases = []
-    late_of_rest = sum(late[number] for number, part in enumerate(parts) if part)
+    late_of_rest = sum(own for part, own in zip(parts, late, strict=True) if part)
     for part, rest, own in zip(parts, of, late, strict=True):
+        if not part:
+            phases.append(0)
+            continue
         # Half a row is due at first: rounding to the nearest number of rows.
         due = rest // 2 + (rest * own - part * late_of_rest) // _ROW
-        phases.append(min(max(due, 0), rest - 1) if part else 0)
-        late_of_rest -= own if part else 0
+        phases.append(0 if due < 0 else min(due, rest - 1))
+        late_of_rest -= own
     return phases
 
 
@@ -202,7 +223,7 @@ def _counts(num_rows: int, parts: list[int], of: list[int], phases: list[int]) -
     periods, left = divmod(num_rows, of[0])
     counts = []
     for part, rest, phase in zip(parts, of, phases, strict=True):
-        given = (left * part + phase) // max(rest, 1)
+        given = (left * part + phase) // rest if part else 0
         counts.append(periods * part + given)
         left -= given
     return counts

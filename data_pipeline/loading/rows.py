@@ -193,6 +193,9 @@ class Rows:
     is_forward_N: Flags | None = None
     """Whether each row is in forward order, for a model of both directions; else None. Documents
     of either order are still between begin and end markers."""
+    are_whole: bool = False
+    """Whether rows begin with documents, each of which is whole or fills its row and the id after
+    it, so that no end marker has a target."""
 
 
 def read_rows(
@@ -221,6 +224,7 @@ def read_rows(
         np.concatenate([rows.lengths_N for rows in read])[back],
         np.concatenate(marks)[back] if marks else None,
         is_forward_N,
+        are_whole=all(rows.are_whole for rows in read),
     )
 
 
@@ -250,14 +254,13 @@ def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[
     targets_T[:-1] = ids_T[1:]
     targets_NC = targets_T.reshape(rows.ids_NC.shape)
     targets_NC[:, -1] = rows.next_N
-    num_targets_N = np.maximum(rows.lengths_N - 1, 0)
-    short = np.flatnonzero(rows.lengths_N <= context_tokens)
-    row, column = ends_of_rows(num_targets_N[short], context_tokens)
-    targets_NC[short[row], column] = IGNORED_TARGET
-
-    if rows.marks_NC is None:
-        inner = _ignore_between(rows, targets_T, num_targets_N, begin_id, end_id)
+    if rows.are_whole:
+        inner, num_targets_N = _ignore_ends(rows, targets_T, begin_id, end_id)
+    elif rows.marks_NC is None:
+        num_targets_N = _ignore_short(rows, targets_NC)
+        inner = _ignore_between(rows, ids_T, targets_T, num_targets_N, begin_id, end_id)
     else:
+        _ignore_short(rows, targets_NC)
         has_loss_NC = rows.marks_NC & HAS_LOSS != 0
         targets_NC[~has_loss_NC] = IGNORED_TARGET
         num_targets_N = has_loss_NC.sum(axis=1)
@@ -297,15 +300,21 @@ def pack(rows: Rows, begin_id: int, end_id: int, micro_batch_rows: int) -> list[
 
 
 def _ignore_between(
-    rows: Rows, targets_T: Indices, num_targets_N: Indices, begin_id: int, end_id: int
+    rows: Rows,
+    ids_T: Indices,
+    targets_T: Indices,
+    num_targets_N: Indices,
+    begin_id: int,
+    end_id: int,
 ) -> Indices:
     """Ignore targets between documents. Returns the starts of documents within rows."""
     num_rows, context_tokens = rows.ids_NC.shape
-    flat_ids = rows.ids_NC.reshape(-1)
-    begins = np.flatnonzero(flat_ids == begin_id)
+    begins = np.flatnonzero(
+        rows.ids_NC == begin_id
+    )  # ids of rows have fewer bytes than packed ones
     inner = begins[begins % context_tokens > 0]
     # An end marker whose target is the begin marker of the next document.
-    between = inner[flat_ids[inner - 1] == end_id] - 1
+    between = inner[ids_T[inner - 1] == end_id] - 1
     last_targets_N = targets_T[context_tokens - 1 :: context_tokens]
     is_between = (last_targets_N == begin_id) & (rows.ids_NC[:, -1] == end_id)
     if is_between.any():
@@ -316,11 +325,34 @@ def _ignore_between(
     return inner  # type: ignore[no-any-return]
 
 
-def ends_of_rows(first_N: Indices, width: int) -> tuple[Indices, Indices]:
-    """Row and column of every place from column `first_N` of each row on."""
-    number_N = width - first_N
-    row = np.repeat(np.arange(len(first_N)), number_N)
-    return row, np.arange(len(row)) - (np.cumsum(number_N) - number_N - first_N)[row]
+def _ignore_short(rows: Rows, targets_NC: Indices) -> Indices:
+    """Ignore targets past the end of rows. Returns the number of targets of each row."""
+    num_targets_N: Indices = np.maximum(rows.lengths_N - 1, 0)
+    fill_ends(targets_NC, num_targets_N, IGNORED_TARGET)
+    return num_targets_N
+
+
+def _ignore_ends(
+    rows: Rows, targets_T: Indices, begin_id: int, end_id: int
+) -> tuple[Indices, Indices]:
+    """Ignore targets of end markers in rows of whole documents, padding included.
+
+    Returns the starts of documents within rows, and the number of targets of each row.
+    """
+    num_rows, context_tokens = rows.ids_NC.shape
+    ends = np.flatnonzero(rows.ids_NC == end_id)
+    starts = ends[targets_T[ends] == begin_id] + 1
+    targets_T[ends] = IGNORED_TARGET
+    num_ends_N = np.bincount(ends // context_tokens, minlength=num_rows)
+    return starts, context_tokens - num_ends_N
+
+
+def fill_ends(rows_NC: npt.NDArray[Any], first_N: Indices, value: int) -> None:
+    """Fill every row from column `first_N` on, in place."""
+    width = rows_NC.shape[1]
+    for row, first in enumerate(first_N.tolist()):
+        if first < width:
+            rows_NC[row, first:] = value
 
 
 @lru_cache(maxsize=8)

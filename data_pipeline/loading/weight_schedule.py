@@ -11,6 +11,7 @@ from itertools import pairwise
 from math import inf
 
 import numpy as np
+import numpy.typing as npt
 
 from data_pipeline.loading.mixture import Change, Mixture, Spans
 
@@ -39,6 +40,14 @@ class Weight:
     def before(self, position: float) -> float:
         """Weight shortly before a position above 0."""
         return self._at(position, bisect_left)
+
+    def between(self, positions_N: npt.NDArray[np.float64]) -> list[float]:
+        """Weights at positions between two neighboring ones of `positions_of`."""
+        if not self.is_linear:
+            return [self.after(position) for position in positions_N[:1]] * len(positions_N)
+        positions, weights = zip(*self.points, strict=True)
+        found: list[float] = np.interp(positions_N, positions, weights).tolist()
+        return found
 
     def _at(self, position: float, bisect: Callable[[tuple[float, ...], float], int]) -> float:
         positions, weights = zip(*self.points, strict=True)
@@ -90,9 +99,10 @@ def changes_of(weights: Sequence[Weight], row_of: Callable[[float], int]) -> lis
         if any(one.after(begin) != one.before(stop) for one in weights):
             rows = row_of(stop) - first
             stairs = min(STAIRS, rows)
-            for stair in range(stairs):
-                middle = begin + (stop - begin) * (stair + 0.5) / stairs
-                found[first + rows * stair // stairs] = tuple(one.after(middle) for one in weights)
+            middles = begin + (stop - begin) * (np.arange(stairs) + 0.5) / max(stairs, 1)
+            values = zip(*(one.between(middles) for one in weights), strict=True)
+            for stair, of_stair in enumerate(values):
+                found[first + rows * stair // stairs] = of_stair
         else:
             found[first] = tuple(one.after(begin) for one in weights)
     return [
@@ -117,8 +127,10 @@ def peak_shares(weights: Sequence[Weight]) -> list[float]:
 
 def mean_shares(weights: Sequence[Weight]) -> list[float]:
     """Shares of all rows of a training whose weights are given at fractions of it."""
-    first, *later = changes_of(weights, lambda fraction: round(fraction * _ROWS_OF_MEAN))
-    counts = Mixture(first.weights, later).counts(_ROWS_OF_MEAN)
+    spans = Spans(len(weights))
+    for change in changes_of(weights, lambda fraction: round(fraction * _ROWS_OF_MEAN)):
+        spans.begin(change)
+    counts = spans.counts(_ROWS_OF_MEAN - spans.first_row[-1])
     return [count / _ROWS_OF_MEAN for count in counts]
 
 
@@ -128,7 +140,7 @@ def limited(changes: Sequence[Change], limits: Sequence[Limit | None], num_rows:
     Its weight is 0 from then on. The end is where a limit ends the run, or no data set is left.
     Limits that the first `num_rows` rows do not reach are ignored.
     """
-    spans, kept, dropped = Spans(len(limits)), list[Change](), dict[int, int]()
+    spans, dropped = Spans(len(limits)), dict[int, int]()
     for change, stop in zip(
         changes, [*(one.first_row for one in changes[1:]), num_rows], strict=True
     ):
@@ -136,9 +148,9 @@ def limited(changes: Sequence[Change], limits: Sequence[Limit | None], num_rows:
         while row is not None:
             weights = tuple(0.0 if n in dropped else one for n, one in enumerate(change.weights))
             if not any(weights):
-                return _limited(kept, dropped, (row, max(dropped, key=lambda n: dropped[n])))
-            kept.append(Change(row, weights))
-            spans.begin(kept[-1])
+                last = max(dropped, key=lambda n: dropped[n])
+                return Limited(Mixture.of_spans(spans), dropped, (row, last))
+            spans.begin(Change(row, weights))
             rows = max(min(stop, num_rows, MAX_ROW) - row, 0)
             counts = spans.counts(rows)
             reached = [
@@ -150,13 +162,6 @@ def limited(changes: Sequence[Change], limits: Sequence[Limit | None], num_rows:
             limit = limits[number]
             if row is not None and limit is not None:
                 if limit.ends_run:
-                    return _limited(kept, dropped, (row, number))
+                    return Limited(Mixture.of_spans(spans), dropped, (row, number))
                 dropped[number] = row
-    return _limited(kept, dropped, None)
-
-
-def _limited(
-    changes: Sequence[Change], dropped: dict[int, int], end: tuple[int, int] | None
-) -> Limited:
-    first, *later = changes
-    return Limited(Mixture(first.weights, later), dropped, end)
+    return Limited(Mixture.of_spans(spans), dropped, None)

@@ -24,6 +24,8 @@ class DataUse:
     """Use of a data set in a run."""
 
     name: str
+    rows: int
+    """Number of rows that the run reads: exact, on any number of ranks and after restarts."""
     epochs: float
     share: float
     """Share of all rows of the run."""
@@ -43,7 +45,8 @@ class DataUse:
         dropped = ""
         if self.dropped_after_step is not None:
             dropped = f", dropped after step {self.dropped_after_step:,}"
-        return f"{self.name}: {share} of the rows{ends}, {self.epochs:.2f} epochs{dropped}"
+        read = f"{self.rows:,} rows, {self.epochs:.2f} epochs"
+        return f"{self.name}: {share} of the rows{ends}, {read}{dropped}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +120,7 @@ def plan_mixture(
         uses=tuple(
             DataUse(
                 name=shown_url(section.shards[number].path),
+                rows=counts[number],
                 epochs=counts[number] / rows,
                 share=shares[number],
                 first_share=found.mixture.shares_at(0)[number],

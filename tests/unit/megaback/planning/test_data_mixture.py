@@ -2,12 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data_pipeline.errors import ConfigError
+from data_pipeline.loading.loader import TrainingLoader
 from megaback.config import BatchSection, TrainingSection
 from megaback.config_data import DataSection
 from megaback.planning.data_mixture import DataMixture, constant_mixture, plan_mixture
+from tests.helpers.batches import data_set, some_shards
+from tests.helpers.loaders import BATCH_ROWS, Corpus, Reading
 
 BATCH = BatchSection(context_tokens=64, global_batch_rows=10, micro_batch_rows=1)
 
@@ -30,7 +34,10 @@ def test_epochs_and_shares_follow_the_weights() -> None:
     assert (web.first_share, web.last_share) == (0.75, 0.5)
     assert (web.epochs, books.epochs) == (0.125, 1.5)
     assert (web.share, books.share) == (0.625, 0.375)
-    assert web.shown() == "web: 62.5% of the rows (at first 75.0%, at last 50.0%), 0.12 epochs"
+    assert (
+        web.shown()
+        == "web: 62.5% of the rows (at first 75.0%, at last 50.0%), 1,250 rows, 0.12 epochs"
+    )
 
 
 def test_positions_in_tokens_do_not_move_with_the_length_of_the_run() -> None:
@@ -101,3 +108,39 @@ def test_what_cannot_be_planned_is_refused() -> None:
     for changing in ({"weight": {0: 1, 0.5: 2}}, {"max_epochs": 2}):
         with pytest.raises(ConfigError, match="are for training runs only"):
             constant_mixture(section_of(changing, {}))
+
+
+@pytest.mark.parametrize("num_data_sets", [2, 3, 5, 30])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_that_restart_read_as_many_rows_of_each_data_set_as_are_planned(
+    num_data_sets: int, world_size: int
+) -> None:
+    steps, generator = 12, np.random.default_rng(num_data_sets)
+    parts = [
+        {
+            "path": str(number),
+            "weight": {0: first, 0.3: second, 0.7: third},
+            "weight_interpolation": ("step", "linear")[number % 2],
+        }
+        for number, (first, second, third) in enumerate(
+            generator.exponential(size=(num_data_sets, 3)).tolist()
+        )
+    ]
+    batch = BatchSection(context_tokens=16, global_batch_rows=BATCH_ROWS, micro_batch_rows=1)
+    found = plan_mixture(
+        DataSection(shards=parts), batch, TrainingSection(steps=steps), [100] * num_data_sets
+    )
+    same = [1] * num_data_sets
+    with data_set(some_shards()) as data:
+        corpus = Corpus([data] * num_data_sets, Reading(lanes=same, lane_rows=same))
+        counts = np.zeros(num_data_sets, dtype=np.int64)
+        for start, stop in ((0, steps // 3), (steps // 3, steps)):
+            ranks = [
+                TrainingLoader(corpus.streams(), found.mixture, BATCH_ROWS, rank, world_size, 1)
+                for rank in range(world_size)
+            ]
+            for step in range(start, stop):
+                for rank in ranks:
+                    counts += np.bincount(rank.places(step)[0], minlength=num_data_sets)
+                assert found.mixture.counts((step + 1) * BATCH_ROWS) == counts.tolist()
+    assert [use.rows for use in found.uses] == counts.tolist()
