@@ -119,7 +119,7 @@ def _show(
     )
     echo(
         f"step     {plan.micro_batch_rows} rows x {batch.context_tokens:,} tokens x "
-        f"{cluster.ranks} ranks x {plan.accumulation_steps} accumulation = "
+        f"{config.batch.shown_ranks(cluster.ranks)} x {plan.accumulation_steps} accumulation = "
         f"{plan.step_tokens:,} tokens"
     )
     if plan.steps is not None:
@@ -155,11 +155,16 @@ def _show(
         for num_bytes, nodes in links
         if num_bytes
     ]
+    exchange, divided = plan.traffic.sequence, ""
+    if exchange.sent_bytes:
+        place = "within the node" if exchange.is_within_node else "between nodes"
+        divided = f", parts of rows {_gigabytes(exchange.sent_bytes)}"
+        used.append(f"{_gigabytes(exchange.sent_bytes)} GB of activations {place}")
     echo(
         f"network  {_gigabytes(plan.traffic.total)} GB per step from each rank (gradients "
         f"{_gigabytes(plan.traffic.gradient_bytes)}, weights "
-        f"{_gigabytes(plan.traffic.weight_bytes)}, Muon {_gigabytes(plan.traffic.optimizer_bytes)})"
-        f": {', and '.join(used) or 'nothing'}; {plan.traffic_s:.2f} s"
+        f"{_gigabytes(plan.traffic.weight_bytes)}, Muon {_gigabytes(plan.traffic.optimizer_bytes)}"
+        f"{divided}): {', and '.join(used) or 'nothing'}; {plan.traffic_s:.2f} s"
     )
     kept = plan.checkpoints_kept
     shards = "" if facts.shard_bytes is None else f"; shards {_gigabytes(facts.shard_bytes)} GB"

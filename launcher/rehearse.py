@@ -44,6 +44,9 @@ def planned_bytes(plan: RunPlan) -> dict[tuple[str, str], float]:
             ("all-to-all", part.optimizer_bytes),
         )
     }
+    exchange = plan.traffic.sequence
+    key = "engine" if exchange.is_of_all_ranks else "node", "all-to-all"
+    planned[key] = planned.get(key, 0.0) + exchange.sent_bytes
     return {key: num_bytes for key, num_bytes in planned.items() if num_bytes}
 
 

@@ -7,7 +7,8 @@ lane where the trunk left it, if the trunk's lanes divide the new batch. Loads n
 from data_pipeline.errors import BatchError, ConfigError, RunMismatchError
 from data_pipeline.text.codec import TextFormat
 from megaback.branches import BranchPoint
-from megaback.config import BatchSection, TrainingSection
+from megaback.config import TrainingSection
+from megaback.config_batch import BatchSection
 
 
 def whole_steps(branch: BranchPoint, batch: BatchSection) -> int:

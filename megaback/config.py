@@ -11,7 +11,7 @@ import yaml
 from pydantic import field_validator, model_validator
 
 from data_pipeline.common import number_ranges as ranges
-from data_pipeline.errors import BatchError
+from megaback.config_batch import BatchSection, unequal_heads
 from megaback.config_data import DataSection
 from megaback.config_operation import (
     CheckpointSection,
@@ -99,16 +99,6 @@ class ModelSection(Section):
     @property
     def hidden_mlp_width(self) -> int:
         return self.mlp_width or -(-self.width * 8 // 3 // 64) * 64
-
-
-class BatchSection(Section):
-    context_tokens: Annotated[int, ranges.CONTEXT]
-    """Length of a row, in tokens; divides the frames of the shards."""
-    global_batch_rows: Annotated[int, ranges.SIZE]
-    """Number of rows per step, over all ranks and accumulation steps."""
-    micro_batch_rows: Annotated[int, ranges.SIZE]
-    """Maximum number of rows per forward pass. The largest divisor of a rank's rows is used, with
-    gradient accumulation for the rest."""
 
 
 class OptimizerSection(Section):
@@ -349,6 +339,13 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _equal_heads(self) -> "Config":
+        problem = unequal_heads(self.batch, self.model.num_heads, self.model.kv_heads)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
     @property
     def has_fp32_accumulators(self) -> bool:
         """Whether gradients are in fp32 besides weights in bf16."""
@@ -359,26 +356,10 @@ class Config(Section):
         """Whether reductions of a step's micro-batches are postponed to its end."""
         return self.zero.reduce_once and self.zero.stage >= 2 and accumulation_steps > 1
 
+    def undivided(self) -> "Config":
+        """The same rows and steps, for a process that reads all of them by itself."""
+        batch = self.batch.model_copy(update={"sequence_parallel": 1})
+        return self.model_copy(update={"batch": batch})
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def split_batch(batch: BatchSection, world_size: int) -> tuple[int, int]:
-    """Rows per micro-batch, and accumulation steps, of each rank.
-
-    Raises BatchError when the global batch is not divisible by the ranks.
-    """
-    rows = batch.global_batch_rows
-    if rows % world_size:
-        nearest = max(world_size, round(rows / world_size) * world_size)
-        raise BatchError(
-            f"batch.global_batch_rows {rows} is not divisible by {world_size} ranks; "
-            f"use {nearest} rows or another number of ranks"
-        )
-    rank_rows = rows // world_size
-    micro_rows = next(
-        size
-        for size in range(min(batch.micro_batch_rows, rank_rows), 0, -1)
-        if rank_rows % size == 0
-    )
-    return micro_rows, rank_rows // micro_rows

@@ -19,6 +19,7 @@ from data_pipeline.loading.loader import SequentialRows, Stream, TrainingLoader
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.order import MAX_AUTOMATIC_LANES, Order, choose_lanes
 from data_pipeline.loading.row_grid import RowGrid
+from data_pipeline.loading.row_parts import RowPart
 from data_pipeline.loading.rows import Batch, RowReader
 from data_pipeline.loading.weight_schedule import peak_shares
 from data_pipeline.shards.data_set import DataSet
@@ -31,7 +32,8 @@ from megaback.branch_order import (
     whole_steps,
 )
 from megaback.branches import BranchPoint, find_branch_point
-from megaback.config import BatchSection, Config, TrainingSection, split_batch
+from megaback.config import Config, TrainingSection
+from megaback.config_batch import BatchSection, split_batch
 from megaback.config_data import DataSection
 from megaback.given_texts import GivenTexts, given_texts
 from megaback.planning.data_facts import attended_of
@@ -46,7 +48,7 @@ from megaback.planning.data_mixture import (
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Training and validation rows of one rank."""
+    """Training and validation rows of one rank, or its parts of those of a group of ranks."""
 
     fingerprint: str
     """Fingerprint of the contents of the data set or, with the weights, of all data sets."""
@@ -55,6 +57,9 @@ class Data:
     streams: tuple[Stream, ...]
     mixed: DataMixture
     training: TrainingLoader
+    """Whole rows."""
+    part: RowPart
+    """Part of each row that is the rank's."""
     micro_batch_rows: int
     accumulation_steps: int
     branch: BranchPoint | None
@@ -93,12 +98,17 @@ class Data:
         return sum(int(stream.rows.frames.shard_tokens.sum()) for stream in self.streams)
 
     @property
+    def context_tokens(self) -> int:
+        return self.streams[0].rows.context_tokens
+
+    @property
     def num_lanes(self) -> int:
         return sum(stream.order.lanes for stream in self.streams)
 
     def batches_at(self, step: int) -> list[Batch]:
         """The rank's micro-batches of a step, from 0. Raises the errors of `training.at`."""
-        return self.training.at(step + self.read_steps)
+        batches = self.training.at(step + self.read_steps)
+        return [self.part.of_batch(batch, self.context_tokens) for batch in batches]
 
     def rows_by_data_set(self, step: int, batch_rows: int) -> dict[str, dict[str, int]] | None:
         """Rows of each data set at a step, from 0, of a mixture that changes; else None."""
@@ -135,9 +145,12 @@ class Data:
     def validation(self, rank: int, world_size: int) -> Iterator[Batch]:
         """A rank's share of all val sets."""
         if not self.val:
-            return iter(())
-        rows = SequentialRows(self.val, rank, world_size, self.micro_batch_rows)
-        return rows.slices(0, rows.num_rows, self.micro_batch_rows, self.micro_batch_rows)
+            return
+        group, groups = rank // self.part.count, world_size // self.part.count
+        rows = SequentialRows(self.val, group, groups, self.micro_batch_rows)
+        size = self.micro_batch_rows
+        for batch in rows.slices(0, rows.num_rows, size, size):
+            yield self.part.of_batch(batch, self.context_tokens)
 
 
 @dataclass(frozen=True)
@@ -301,6 +314,7 @@ def open_data(
             "omit it"
         )
     micro_batch_rows, accumulation_steps = split_batch(batch, world_size)
+    group, part = divmod(rank, batch.sequence_parallel)
     read_steps = 0 if branch is None else whole_steps(branch, batch) - branch.step
     if branch is not None:
         require_steps_left(branch, config.training, config.training.steps)
@@ -318,11 +332,12 @@ def open_data(
             streams,
             mixed.mixture,
             batch.global_batch_rows,
-            rank,
-            world_size,
+            group,
+            batch.row_groups(world_size),
             micro_batch_rows,
             section.threads,
         ),
+        part=RowPart(part, batch.sequence_parallel),
         micro_batch_rows=micro_batch_rows,
         accumulation_steps=accumulation_steps,
         branch=branch,

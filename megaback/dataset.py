@@ -23,7 +23,8 @@ from data_pipeline.common import number_ranges as ranges
 from data_pipeline.errors import ConfigError, RunMismatchError
 from data_pipeline.loading.order import ORDER_VERSION, require_order_version
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch
-from megaback.config import BatchSection, TrainingSection
+from megaback.config import TrainingSection
+from megaback.config_batch import BatchSection
 from megaback.config_data import DataSection
 from megaback.config_messages import sentence
 from megaback.data import OpenShards, RankRows, open_shards

@@ -208,7 +208,7 @@ def main(
     if not measure_only:
         train((), runs)
     pairs = [TrainedPair.find(*pair) for pair in zip(runs[::2], runs[1::2], strict=True)]
-    fingerprint = open_data(settings, 0, 1).fingerprint
+    fingerprint = open_data(settings.undivided(), 0, 1).fingerprint
     for pair in pairs:
         pair.require_config(settings, fingerprint)
     arrow = compare(settings, pairs, device, limit)

@@ -68,6 +68,7 @@ class RowUse:
     step: int
     position: int
     rank: int | None
+    """Rank that reads the row, or the first of those that share it."""
     start: int
     stop: int
     is_reached: bool
@@ -143,8 +144,10 @@ def uses_of_document(
     global_batch_rows: int,
     epoch: int,
     world_size: int | None,
+    sequence_parallel: int = 1,
 ) -> list[RowUse]:
     """Every row of an epoch with a part of a document of the train set, by step."""
+    groups = None if world_size is None else world_size // sequence_parallel
     stream = data.streams[document.data_set]
     if isinstance(stream.table, DocumentIndex):
         rows = row_of_whole_document(stream, stream.table, document, epoch)
@@ -161,7 +164,7 @@ def uses_of_document(
         RowUse(
             step=of_row + 1,
             position=at,
-            rank=None if world_size is None else at * world_size // global_batch_rows,
+            rank=None if groups is None else at * groups // global_batch_rows * sequence_parallel,
             start=start,
             stop=stop,
             is_reached=of_row < data.total_steps,
@@ -344,7 +347,9 @@ def main(
     settings = load_config(path, overrides)
     if config.is_dir():
         settings = settings.model_copy(update={"run": config})  # it may have been moved
-    data = open_data(settings, 0, world_size or 1)
+    parts = settings.batch.sequence_parallel
+    groups = 1 if world_size is None else settings.batch.row_groups(world_size)
+    data = open_data(settings.undivided(), 0, groups)
     if text is not None:
         found = _find_text(data, split, _read_text(text))
     else:
@@ -352,7 +357,7 @@ def main(
     rows = settings.batch.global_batch_rows
     described = [_describe_document(data, split, one) for one in found]
     uses = [
-        uses_of_document(data, one, rows, epoch, world_size) if split == "train" else []
+        uses_of_document(data, one, rows, epoch, world_size, parts) if split == "train" else []
         for one in found
     ]
     if as_json:

@@ -59,7 +59,7 @@ class Batch:
         Not stored: a device computes them from the segments faster than it receives them.
         """
         starts = self.cu_seqlens[:-1].astype(np.int64)
-        return np.arange(len(self.ids_T)) - np.repeat(starts, np.diff(self.cu_seqlens))
+        return np.arange(self.cu_seqlens[-1]) - np.repeat(starts, np.diff(self.cu_seqlens))
 
     def rows(self, context_tokens: int) -> Iterator["Batch"]:
         """Yield each row as a batch of views; skipped rows are not counted in them."""

@@ -29,7 +29,8 @@ from launcher.slurm.commands import Submission
 from launcher.slurm.job import LIMIT_VARIABLE
 from launcher.slurm.sbatch_files import sbatch_value
 from megaback.branches import find_branch_point
-from megaback.config import Config, split_batch
+from megaback.config import Config
+from megaback.config_batch import split_batch
 from megaback.data import open_data
 from megaback.faults.rolled_back_branches import require_no_rolled_back_branch
 from megaback.horizons import require_branch_points

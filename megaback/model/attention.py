@@ -45,6 +45,9 @@ class Segments:
     """Lengths of all segments that are not empty."""
     max_tokens: int
     """Upper bound of the lengths, in tokens."""
+    divided_rows: int | None = None
+    """Number of rows of which the tokens at hand are a part, and these the segments of the whole;
+    None: the tokens are whole."""
 
     @classmethod
     def from_lengths(cls, lengths: tuple[int, ...], device: torch.device) -> "Segments":

@@ -33,10 +33,12 @@ def activations_of(
     arithmetic: Arithmetic,
     checkpointing: str,
     attention: Attention,
+    sequence_parallel: int = 1,
 ) -> Activations:
-    """Activation memory per token. `checkpointing`: as in the config."""
-    whole = _block(shape, arithmetic, "none", attention)
-    kept = _block(shape, arithmetic, checkpointing, attention)
+    """Activation memory per token of a rank. `checkpointing`, `sequence_parallel`: as in the
+    config."""
+    whole = _block(shape, arithmetic, "none", attention, sequence_parallel)
+    kept = _block(shape, arithmetic, checkpointing, attention, sequence_parallel)
     size = 4 if arithmetic == "fp32" else 2
     # Backward pass of the MLP: gradients of the product, of both factors, and of one's input.
     work = 3.0 * size * shape.hidden_mlp_width
@@ -109,7 +111,11 @@ def _head_norm(width: int, heads: int, arithmetic: Arithmetic, *, recomputed: bo
 
 
 def _block(
-    shape: ModelSection, arithmetic: Arithmetic, checkpointing: str, attention: Attention
+    shape: ModelSection,
+    arithmetic: Arithmetic,
+    checkpointing: str,
+    attention: Attention,
+    sequence_parallel: int,
 ) -> float:
     """Bytes per token that a block saves."""
     size = 4 if arithmetic == "fp32" else 2
@@ -134,7 +140,10 @@ def _block(
     if attention == "sdpa":
         attended = size * (3 * width + 2 * width)
     else:
-        attended = size * (width + 2 * kv_width + width)
+        # Ranks that share a key head have copies, and get the result as another tensor.
+        repeats = max(sequence_parallel // shape.kv_heads, 1)
+        results = 2 if sequence_parallel > 1 else 1
+        attended = size * (width + 2 * repeats * kv_width + results * width)
     attended += _FP32 * shape.num_heads
     mlp = size * mlp_width * (3 if recomputed else 4)
     return norms + inputs + heads + attended + mlp

@@ -14,7 +14,8 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.loading.mixture import Mixture
 from data_pipeline.loading.weight_schedule import Limit, Limited, changes_of, limited, mean_shares
 from data_pipeline.redaction import shown_url
-from megaback.config import BatchSection, Config, TrainingSection
+from megaback.config import Config, TrainingSection
+from megaback.config_batch import BatchSection
 from megaback.config_data import DataSection, WeightedShards
 from megaback.horizons import horizons_of
 

@@ -51,6 +51,7 @@ class Setting:
     shape: ModelSection
     vocab_size: int
     micro_batch_tokens: int
+    """Tokens of a rank."""
     accumulates: bool
     """Whether a step has several micro-batches."""
     ranks: int
@@ -72,6 +73,7 @@ class Setting:
     """Whether reductions overlap with the backward pass."""
     is_hierarchical: bool = False
     """Whether sharding is by node."""
+    sequence_parallel: int = 1
     rank: int | None = None
     """None: the rank that uses most."""
 
@@ -270,7 +272,11 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
     total, ranks, stage = size.total, setting.ranks, setting.stage
     tokens, layers = setting.micro_batch_tokens, setting.shape.num_layers
     kept = activations_of(
-        setting.shape, setting.arithmetic, setting.checkpointing, setting.attention
+        setting.shape,
+        setting.arithmetic,
+        setting.checkpointing,
+        setting.attention,
+        setting.sequence_parallel,
     )
     loss = loss_memory(
         setting.shape,

@@ -18,6 +18,7 @@ from megaback.planning.devices import Device
 from megaback.planning.flops import ModelSize
 from megaback.planning.matrix_shares import matrix_share, matrix_shares
 from megaback.planning.rates import assumed
+from megaback.planning.sequence_exchange import NO_EXCHANGE, SequenceExchange
 
 _KEPT_ELEMENTS = 1_000_000_000
 """Weights that stage 3 keeps gathered until the backward pass: DeepSpeed's max_reuse_distance."""
@@ -37,16 +38,20 @@ class Traffic:
     """Number of times that stage 3 gathers the weights per micro-batch."""
     node: "Traffic | None" = None
     """Part of it in collectives of the ranks of one node, if others are between nodes."""
+    sequence: SequenceExchange = NO_EXCHANGE
+    """Activations that ranks with parts of the same rows exchange."""
 
     @property
     def total(self) -> float:
-        return self.gradient_bytes + self.weight_bytes + self.optimizer_bytes
+        of_weights = self.gradient_bytes + self.weight_bytes + self.optimizer_bytes
+        return of_weights + self.sequence.sent_bytes
 
     @property
     def between_nodes(self) -> "Traffic":
-        """The rest of it, in collectives between nodes; all of it without that part."""
+        """The rest of it, in collectives between nodes, without activations; all of it without that
+        part."""
         if self.node is None:
-            return self
+            return replace(self, sequence=NO_EXCHANGE)
         return Traffic(
             self.gradient_bytes - self.node.gradient_bytes,
             self.weight_bytes - self.node.weight_bytes,
@@ -68,6 +73,8 @@ class Traffic:
             replicas_s=between.gradient_bytes / card if has_replicas else 0.0,
             weights_s=inner.weight_bytes / link + between.weight_bytes / ring,
             exchange_s=inner.optimizer_bytes / link + between.optimizer_bytes / card,
+            sequence_s=self.sequence.sent_bytes
+            / exchange_rate(device, 1 if self.sequence.is_within_node else nodes),
         )
 
 
@@ -82,10 +89,13 @@ class TrafficTime:
     weights_s: float
     exchange_s: float
     """Muon's exchange."""
+    sequence_s: float
+    """Exchange of activations."""
 
     @property
     def total_s(self) -> float:
-        return self.gradients_s + self.replicas_s + self.weights_s + self.exchange_s
+        of_weights = self.gradients_s + self.replicas_s + self.weights_s
+        return of_weights + self.exchange_s + self.sequence_s
 
 
 def ring_rate(device: Device, nodes: int, devices_per_node: int) -> float:

@@ -10,7 +10,8 @@ from itertools import combinations
 from math import ceil
 
 from data_pipeline.errors import BatchError, NotEnoughMemoryError
-from megaback.config import Config, split_batch
+from megaback.config import Config
+from megaback.config_batch import split_batch
 from megaback.planning.data_facts import RunFacts
 from megaback.planning.flops import ModelSize, flops_per_token
 from megaback.planning.memory import RankMemory, checkpoint_bytes, rank_memory

@@ -1,13 +1,15 @@
 """Settings of memory, network and time that follow from a config and a cluster. Loads no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megaback.config import Config, split_batch
+from megaback.config import Config
+from megaback.config_batch import split_batch
 from megaback.planning.activation_memory import Attention
 from megaback.planning.data_facts import RunFacts
 from megaback.planning.devices import Device
 from megaback.planning.memory import Setting
 from megaback.planning.network import Traffic, step_traffic
+from megaback.planning.sequence_exchange import sequence_exchange
 from megaback.planning.step_time import StepTime, TimedStep, step_time
 
 _MAX_FLASH_HEAD_DIM = 256
@@ -43,7 +45,7 @@ def setting_of(
     return Setting(
         shape=config.model,
         vocab_size=facts.vocab_size,
-        micro_batch_tokens=micro_rows * config.batch.context_tokens,
+        micro_batch_tokens=micro_rows * config.batch.part_tokens,
         accumulates=accumulation > 1,
         ranks=cluster.ranks,
         ranks_per_node=cluster.devices_per_node,
@@ -61,6 +63,7 @@ def setting_of(
         reduces_once=config.reduces_once(accumulation),
         overlaps=config.zero.overlaps_communication,
         is_hierarchical=config.zero.hierarchical,
+        sequence_parallel=config.batch.sequence_parallel,
     )
 
 
@@ -68,8 +71,8 @@ def traffic_of(
     config: Config, facts: RunFacts, cluster: Cluster, rank: int | None = None
 ) -> Traffic:
     """Traffic of a rank per step. Raises BatchError."""
-    _, accumulation = batch_of(config, cluster)
-    return step_traffic(
+    micro_rows, accumulation = batch_of(config, cluster)
+    traffic = step_traffic(
         config.model,
         facts.vocab_size,
         ranks=cluster.ranks,
@@ -83,6 +86,8 @@ def traffic_of(
         reduction=config.zero.reduction,
         shard_ranks=cluster.devices_per_node if config.zero.hierarchical else None,
     )
+    ranks = cluster.ranks, cluster.devices_per_node
+    return replace(traffic, sequence=sequence_exchange(config, micro_rows, accumulation, *ranks))
 
 
 def time_of(

@@ -95,7 +95,7 @@ def variants(config: Config, cluster: Cluster, offload: str) -> Iterator[tuple[S
     Settings without effect keep their value. Raises BatchError.
     """
     usual_rows, _ = batch_of(config, cluster)
-    rank_rows = config.batch.global_batch_rows // cluster.ranks
+    rank_rows = config.batch.global_batch_rows // config.batch.row_groups(cluster.ranks)
     sizes = [rows for rows in range(1, rank_rows + 1) if rank_rows % rows == 0]
     for stage, checkpointing, rows in product(_stages(config, cluster), _CHECKPOINTING, sizes):
         settings: Settings = {

@@ -170,10 +170,22 @@ def _network(
     step: TimedStep, device: Device, forward_s: float, backward_s: float
 ) -> tuple[float, float]:
     """Seconds of communication that are exposed, and that passes hide."""
-    setting, traffic, count = step.setting, step.traffic, step.micro_batches
+    setting, traffic = step.setting, step.traffic
     if setting.ranks == 1:
         return 0.0, 0.0
     durations = traffic.durations(device, step.nodes, setting.ranks_per_node)
+    # Each block waits for its exchanges of activations.
+    sequence_latency = assumed("CALL_LATENCY_S") * log2(setting.sequence_parallel)
+    sequence_s = durations.sequence_s + traffic.sequence.calls * sequence_latency
+    exposed, hidden = _weights_network(step, durations, forward_s, backward_s)
+    return exposed + sequence_s, hidden
+
+
+def _weights_network(
+    step: TimedStep, durations: TrafficTime, forward_s: float, backward_s: float
+) -> tuple[float, float]:
+    """The same of weights, gradients and the optimizer."""
+    setting, traffic, count = step.setting, step.traffic, step.micro_batches
     if setting.stage == 3:
         return _stage3_network(step, durations, forward_s, backward_s)
     latency = assumed("CALL_LATENCY_S") * log2(setting.shard_ranks)

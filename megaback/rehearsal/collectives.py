@@ -70,6 +70,11 @@ class RehearsalGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:  # noqa: N802 (torch's name)
         return _BACKEND
 
+    @property
+    def group_name(self) -> str:
+        """The name by which operators find the group."""
+        return f"{_BACKEND} {id(self)}"
+
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Any:
         return self._done("all-reduce", 2 * self._others * _bytes_of(tensors), tensors)
 
@@ -131,6 +136,8 @@ class RehearsalGroup(dist.ProcessGroup):
         input_sizes: Sequence[int],
         opts: Any = None,
     ) -> Any:
+        equal = [len(own) // self._size] * self._size
+        output_sizes, input_sizes = output_sizes or equal, input_sizes or equal
         output.zero_()
         first = self._rank
         kept = own[sum(input_sizes[:first]) : sum(input_sizes[: first + 1])]

@@ -203,12 +203,12 @@ def _first_batch(config: Config, world: World) -> FirstBatch:
     data = open_data(config.model_copy(update={"data": section}), world.rank, world.size)
     batches = data.training.at(0)
     duration_s, read_bytes = monotonic() - started, _read_bytes() - before
-    rows = config.batch.global_batch_rows // world.size
+    rows = data.training.rank_rows
     data.training.close()
     del batches
     return FirstBatch(
         rows=rows,
-        lanes=_num_lanes(data, world.rank * rows, rows),
+        lanes=_num_lanes(data, world.rank // data.part.count * rows, rows),
         read_bytes=read_bytes,
         duration_s=duration_s,
     )

@@ -11,7 +11,8 @@ class Traffic:
 
     group: str
     """`engine`: of DeepSpeed and Muon; `node`: those of them among the ranks of one node, where
-    others are of all nodes; `control`: of messages between the ranks, on the CPU."""
+    others are of all nodes, and of ranks with parts of the same rows; `control`: of messages
+    between the ranks, on the CPU."""
     kind: str
     calls: int
     sent_bytes: int

@@ -22,7 +22,8 @@ def check_rows(config: Config, world_size: int, steps: int) -> RowsCheck:
         return TrainingLoader(streams, mixture, batch.global_batch_rows, rank, ranks, 1)
 
     whole = loader(0, 1)
-    ranks = [loader(rank, world_size) for rank in range(world_size)]
+    groups = batch.row_groups(world_size)
+    ranks = [loader(group, groups) for group in range(groups)]
     problems = []
     for step in range(steps):
         expected = np.stack(whole.places(step))

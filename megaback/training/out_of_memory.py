@@ -5,7 +5,8 @@ from pathlib import Path
 
 from data_pipeline.errors import DeviceMemoryError, MegabackError
 from data_pipeline.shards.data_set import DataSet
-from megaback.config import Config, split_batch
+from megaback.config import Config
+from megaback.config_batch import split_batch
 from megaback.distributed.device_limits import available_memory
 from megaback.distributed.world import World
 from megaback.planning.memory_room import planned_memory

@@ -112,7 +112,8 @@ def batch_arithmetic(run: Run, world: World) -> str:
         f"{run.attention}, {config.training.precision}{compiled}, ZeRO stage {config.zero.stage}, "
         f"{world.device.type}\n"
         f"step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "
-        f"{world.size} ranks x {data.accumulation_steps} accumulation = {tokens_per_step:,} tokens"
+        f"{config.batch.shown_ranks(world.size)} x {data.accumulation_steps} accumulation = "
+        f"{tokens_per_step:,} tokens"
         f"\n{data.total_steps:,} steps = {num_tokens:,} tokens = "
         f"{amount}, in {data.num_lanes} lanes{lines}"
         + "".join(f"\n{line}" for line in data.describe_documents())

@@ -35,6 +35,7 @@ from megaback.distributed.device_limits import (
     require_precision,
 )
 from megaback.distributed.engine import start_engine
+from megaback.distributed.sequence_parallel import over_whole_rows
 from megaback.distributed.shard_groups import require_equal_nodes
 from megaback.distributed.world import World
 from megaback.faults.exit_record import record_start
@@ -147,7 +148,7 @@ def prepare_run(
     model = ReverseGPT(
         config.model,
         data.codec.vocab_size,
-        attention.backend,
+        over_whole_rows(attention.backend, config, world),
         config.training.activation_checkpointing,
         config.optimizer.z_loss,
         config.training.loss_chunk_tokens,

@@ -56,13 +56,15 @@ def open_suites(config: Config, data: Data, world: World) -> "Suites | None":
         return None
     read = world.run_collectively(_read, section, world)
     rows = world.of_first(read, dict[str, BenchmarkRows])
-    micro_batch_tokens = data.micro_batch_rows * context_tokens
+    # What fits a rank in training fits it here. Texts are not divided.
+    row_tokens = context_tokens // data.part.count
+    micro_batch_tokens = data.micro_batch_rows * row_tokens
     return world.run_collectively(
         Suites,
         rows,
         ChoiceEncoder(data.given.codec, context_tokens),
         Scoring(section.suite_scoring),
-        max(context_tokens, min(micro_batch_tokens, _TOKENS_PER_PASS)),
+        max(row_tokens, min(micro_batch_tokens, _TOKENS_PER_PASS)),
     )
 
 

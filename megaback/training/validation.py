@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from data_pipeline.loading.row_parts import PartialBatch
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch
 from megaback.distributed.world import World, attempt
 from megaback.model.attention import Segments, padded_boundaries
@@ -30,6 +32,7 @@ def to_device(
 
     With `context_tokens`, the length of a row, the shapes and numbers in them are the same for
     almost every batch of as many rows, and with `is_compiled` the same code serves all of them.
+    Segments of a part of each row are those of the whole rows.
     """
     lengths = tuple(np.diff(batch.cu_seqlens).tolist())
     boundaries = batch.cu_seqlens
@@ -42,10 +45,15 @@ def to_device(
     if is_compiled:
         compile_for_any_length(cu_seqlens)
     # Positions are computed on the device, which is faster than sending them.
-    starts_T = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=len(ids_T))
-    positions_T = torch.arange(len(ids_T), device=device) - starts_T
+    num_tokens = int(batch.cu_seqlens[-1])
+    starts_T = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)
+    positions_T = torch.arange(num_tokens, device=device) - starts_T
     max_tokens = context_tokens or max(lengths)
-    return ids_T, targets_T, positions_T, Segments(cu_seqlens, lengths, max_tokens)
+    segments = Segments(cu_seqlens, lengths, max_tokens)
+    if isinstance(batch, PartialBatch):
+        positions_T = batch.part.of(positions_T, batch.num_rows)
+        segments = replace(segments, divided_rows=batch.num_rows)
+    return ids_T, targets_T, positions_T, segments
 
 
 def agreed_batches(batches: Iterable[Batch], world: World) -> Iterator[Batch]:
@@ -103,7 +111,7 @@ def evaluate(
         context_T = batch.positions_T + 1
         is_forward_T = np.zeros_like(is_target_T)
         if batch.is_forward_N is not None:
-            is_forward_T = batch.is_forward_N.repeat(context_tokens)
+            is_forward_T = batch.is_forward_N.repeat(len(is_target_T) // len(batch.is_forward_N))
         for sums_3B, in_direction_T in zip(sums_D3B, (~is_forward_T, is_forward_T), strict=False):
             chosen_T = is_target_T & in_direction_T
             bucket_N = bucket_of(context_T[chosen_T])

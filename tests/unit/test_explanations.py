@@ -62,7 +62,7 @@ def first_word(text: str) -> str:
 
 
 def config_fields() -> dict[str, str | None]:
-    names = ("config.py", "config_data.py", "config_operation.py", "config_validation.py")
+    names = [f"config{part}.py" for part in ("", "_batch", "_data", "_operation", "_validation")]
     trees = [ast.parse((ROOT / "megaback" / name).read_text(encoding="utf-8")) for name in names]
     return {
         f"{section.name}.{field.target.id}": text

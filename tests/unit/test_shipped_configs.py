@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaback.config import Config, split_batch
+from megaback.config import Config
+from megaback.config_batch import split_batch
 from megaback.config_file import load_config
 from megaback.model.gpt import ReverseGPT
 from tests.helpers.paths import ROOT

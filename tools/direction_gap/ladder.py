@@ -134,7 +134,7 @@ def rungs_of(
     Raises ConfigError, and the errors of `open_data`.
     """
     base = load_config(config, overrides)
-    vocab_size = open_data(base, 0, 1).codec.vocab_size
+    vocab_size = open_data(base.undivided(), 0, 1).codec.vocab_size
     of_budgets = {budget: _steps(base, budget) for budget in budgets}
     if len(set(of_budgets.values())) < len(budgets):
         raise ConfigError(

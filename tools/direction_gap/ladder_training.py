@@ -68,7 +68,7 @@ def _is_finished(run: ArrowRun, rung: Rung) -> bool:
 
 def _finished_pairs(rung: Rung) -> list[TrainedPair]:
     """The pairs of which both runs are finished, trained by the rung's config."""
-    fingerprint = open_data(rung.config, 0, 1).fingerprint
+    fingerprint = open_data(rung.config.undivided(), 0, 1).fingerprint
     pairs = []
     for number in range(0, len(rung.runs), len(DIRECTIONS)):
         forward, backward = rung.runs[number : number + len(DIRECTIONS)]

@@ -125,7 +125,7 @@ def compare(
     from megaback.scoring.directions import Markers, measure
 
     on = choose_device(device)
-    data = open_data(config, 0, 1)
+    data = open_data(config.undivided(), 0, 1)
     context_tokens = config.batch.context_tokens
     windows = _windows(data.val_sets, context_tokens, max_documents)
     markers = Markers(data.codec.begin_id, data.codec.end_id)

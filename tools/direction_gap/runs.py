@@ -104,7 +104,7 @@ def require_comparable(config: Path, overrides: tuple[str, ...], runs: list[Arro
                 "validation.patience can stop one direction before the other; unset it, so that "
                 "both train for the same number of steps"
             )
-        data = open_data(settings, 0, 1)
+        data = open_data(settings.undivided(), 0, 1)
         if any(data_set.manifest.row_tokens is not None for data_set in data.data_sets):
             raise DirectionMismatchError(
                 f"{settings.data.description} holds instruction examples, which have one "

@@ -39,7 +39,8 @@ def test_a_rank_is_rehearsed_beside_the_plan_of_the_shortened_model(
     rehearse: Callable[..., Result],
 ) -> None:
     words = ["--devices-per-node", "8", "--ranks", "0", "--layers", "1", "--steps", "1"]
-    result = rehearse(*words, "optimizer.name=muon", "zero.stage=3", "--json")
+    parts = ("batch.sequence_parallel=4", "training.activation_checkpointing=block")
+    result = rehearse(*words, "optimizer.name=muon", "zero.stage=3", *parts, "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     (rank,) = found["ranks"]
@@ -49,6 +50,11 @@ def test_a_rank_is_rehearsed_beside_the_plan_of_the_shortened_model(
     sent = {one["kind"]: one["sent_bytes"] for one in rank["traffic"] if one["group"] == "engine"}
     assert planned.keys() <= sent.keys()
     assert sent["all-to-all"] == planned["all-to-all"]
+    exchanged = [one for one in rank["traffic"] if one["group"] == "node"]
+    assert {one["kind"]: one["sent_bytes"] for one in exchanged} == rank["planned"][
+        "sent_bytes_within_node"
+    ]
+    assert [one["calls"] for one in exchanged] == [2 * 3 * 2]  # of 3 passes and 2 micro-batches
     assert (found["rows"]["rows_per_step"], found["rows"]["problems"]) == (8, [])
 
     planned = rank.pop("planned")["memory_bytes"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import BatchError, ConfigError, MegabackError
 from data_pipeline.storage.address_variables import expanded
-from megaback.config import BatchSection, split_batch
+from megaback.config_batch import BatchSection, split_batch
 from megaback.config_file import load_config
 from megaback.shown_config import shown_config
 from megaback.yaml_text import kept_overrides
@@ -341,6 +341,42 @@ def test_the_micro_batch_is_the_largest_that_divides_a_ranks_rows(
     assert all(per_rank % larger for larger in range(rows + 1, min(micro_rows, per_rank) + 1))
 
 
+@given(parts=st.sampled_from([1, 2, 4, 8]), groups=st.integers(1, 16), per_group=st.integers(1, 64))
+def test_ranks_that_share_rows_count_once_in_the_batch(
+    parts: int, groups: int, per_group: int
+) -> None:
+    batch = batch_of(per_group * groups, 4, sequence_parallel=parts)
+
+    assert split_batch(batch, parts * groups) == split_batch(batch_of(per_group, 4), 1)
+
+
+def test_ranks_that_cannot_be_divided_into_groups_are_refused() -> None:
+    with pytest.raises(BatchError, match=r"sequence_parallel 4 does not divide 6 ranks"):
+        split_batch(batch_of(8, 4, sequence_parallel=4), 6)
+    with pytest.raises(BatchError, match=r"divisible by 3 groups of batch\.sequence_parallel 2"):
+        split_batch(batch_of(8, 4, sequence_parallel=2), 6)
+
+
+@pytest.mark.parametrize(
+    ("parts", "model", "keys"),
+    [
+        (3, {}, ("batch: sequence_parallel 3", "context_tokens 64")),
+        (8, {}, ("batch.sequence_parallel is 8", "model.num_heads is 4")),
+        (2, {"num_heads": 6, "num_kv_heads": 3, "width": 48}, ("model.num_kv_heads is 3",)),
+    ],
+)
+def test_heads_and_tokens_that_cannot_be_divided_are_refused(
+    parts: int, model: dict[str, int], keys: tuple[str, ...], tmp_path: Path
+) -> None:
+    batch = {**SMALL["batch"], "sequence_parallel": parts}
+    fields = {**SMALL, "model": {**SMALL["model"], **model}, "batch": batch}
+
+    message = refusal(write_config(tmp_path, fields))
+
+    for key in keys:
+        assert key in message
+
+
 @given(global_rows=st.integers(1, 4096), world_size=st.integers(1, 512))
 def test_the_error_for_an_indivisible_batch_suggests_a_divisible_one(
     global_rows: int, world_size: int
@@ -357,9 +393,12 @@ def test_the_error_for_an_indivisible_batch_suggests_a_divisible_one(
     assert abs(suggested - global_rows) < world_size
 
 
-def batch_of(global_rows: int, micro_rows: int) -> BatchSection:
+def batch_of(global_rows: int, micro_rows: int, sequence_parallel: int = 1) -> BatchSection:
     return BatchSection(
-        context_tokens=64, global_batch_rows=global_rows, micro_batch_rows=micro_rows
+        context_tokens=64,
+        global_batch_rows=global_rows,
+        micro_batch_rows=micro_rows,
+        sequence_parallel=sequence_parallel,
     )
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.loading.loader import TrainingLoader
-from megaback.config import BatchSection, TrainingSection
+from megaback.config import TrainingSection
+from megaback.config_batch import BatchSection
 from megaback.config_data import DataSection
 from megaback.planning.data_mixture import DataMixture, constant_mixture, plan_mixture
 from tests.helpers.batches import data_set, some_shards

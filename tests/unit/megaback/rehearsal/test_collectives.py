@@ -62,3 +62,6 @@ def test_an_exchange_keeps_what_a_rank_sends_to_itself() -> None:
     group.all_to_all_single(output, torch.arange(6.0), [2, 1, 2, 0], [1, 1, 2, 2])
     assert output.tolist() == [0, 0, 0, 2, 3]
     assert sent(log, "all-to-all") == (1, 4 * 4)
+    group.all_to_all_single(output[:4], torch.arange(4.0), [], [])
+    assert output.tolist() == [0, 0, 2, 0, 3]
+    assert sent(log, "all-to-all") == (2, 4 * 4 + 4 * 3)
