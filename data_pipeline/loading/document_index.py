@@ -79,7 +79,7 @@ class DocumentTotals:
         return (
             f"rows read {self.used_share:.1%} of the tokens ({self.cut_documents:,} of "
             f"{self.documents:,} documents are longer than a row), and are "
-            f"{self.filled_share:.1%} full"
+            f"{self.filled_share:.1%} full; tokens of steps include the padding"
         )
 
 

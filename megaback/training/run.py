@@ -100,7 +100,11 @@ def batch_arithmetic(run: Run, world: World) -> str:
     if data.branch is not None:
         num_tokens = data.branch.tokens_at(data.total_steps, tokens_per_step)
     uses = data.mixed.uses
-    amount = f"{uses[0].epochs:.2f} epochs of {data.num_tokens:,} tokens"
+    documents = data.describe_documents()
+    size = f"{data.num_tokens:,} tokens"
+    if documents:  # more or fewer than an epoch reads
+        size = f"{data.streams[0].table.rows_per_epoch:,} rows"
+    amount = f"{uses[0].epochs:.2f} epochs of {size}"
     if len(uses) > 1:
         amount = f"{len(uses)} data sets"
     lines = "".join(f"\n  {use.shown()}" for use in uses) if len(uses) > 1 else ""
@@ -115,6 +119,5 @@ def batch_arithmetic(run: Run, world: World) -> str:
         f"{config.batch.shown_ranks(world.size)} x {data.accumulation_steps} accumulation = "
         f"{tokens_per_step:,} tokens"
         f"\n{data.total_steps:,} steps = {num_tokens:,} tokens = "
-        f"{amount}, in {data.num_lanes} lanes{lines}"
-        + "".join(f"\n{line}" for line in data.describe_documents())
+        f"{amount}, in {data.num_lanes} lanes{lines}" + "".join(f"\n{line}" for line in documents)
     )

@@ -213,8 +213,11 @@ def test_the_start_of_a_run_on_whole_documents_has_the_share_of_tokens_that_are_
     whole = config_of(data={**config_of().data.model_dump(mode="json"), "rows": "documents"})
     with prepared(whole, training_world) as run:
         text = batch_arithmetic(run, training_world)
+        rows = run.data.streams[0].table.rows_per_epoch
+    assert f" epochs of {rows:,} rows, in " in text
     assert "rows read " in text
     assert "documents are longer than a row), and are " in text
+    assert text.endswith("tokens of steps include the padding")
 
 
 def test_the_default_share_of_forward_rows_may_be_given_on_resume_and_no_other(
