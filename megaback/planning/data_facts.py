@@ -137,9 +137,10 @@ def run_facts(config: Config, vocab_size: int | None, total_tokens: float | None
             )
         vocab_size = found
         file_bytes = float(sum(shard.file_bytes for m in manifests for shard in m.shards))
+        named = config.data.description if len(parts) == 1 else f"the {len(parts)} data sets"
         notes.append(
-            f"documents of {config.data.description} have {_mean_length(manifests):,.0f} tokens on "
-            f"average; a token attends to {attended:,.0f}"
+            f"documents of {named} have {_mean_length(manifests):,.0f} tokens on average; a token "
+            f"attends to {attended:,.0f}"
         )
     else:
         attended = (batch.context_tokens + 1) / 2

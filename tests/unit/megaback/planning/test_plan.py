@@ -256,6 +256,7 @@ def test_a_plan_has_the_steps_and_epochs_of_the_run(tiny_shards: Path) -> None:
         facts = run_facts(config, None, None)
         data = open_data(config, 0, 1)
         assert facts.data == data.mixed.uses
+        assert any(note.startswith("documents of the 2 data sets have ") for note in facts.notes)
     assert data.rows_by_data_set(10**6, 8) == {str(tiny_shards): {"rows": 8}}
 
 
