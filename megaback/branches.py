@@ -5,9 +5,10 @@ own checkpoints afterwards, so that it does not need the trunk any longer. Loads
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,22 @@ from data_pipeline.errors import (
     RunMismatchError,
 )
 from data_pipeline.loading.order import ORDER_VERSION
+from data_pipeline.redaction import shown_url
 from data_pipeline.text.codec import TextFormat
 from megaback.config import Config, Kept
 from megaback.config_data import DEFAULT_FORWARD_SHARE
+from megaback.copy_location import find_base_copy
 from megaback.run_folder import (
     BRANCHES_FOLDER,
     HISTORY_NAME,
+    MAX_META_BYTES,
     META_NAME,
     checkpoints_meant_by,
     complete_checkpoints,
 )
 
-_MAX_META_BYTES = 1 << 24
 _ORDER_KEYS = (
     "batch.context_tokens",
-    "data.rows",
     "data.rows",
     "data.lanes",
     "data.window_frames",
@@ -156,17 +158,11 @@ def began_as(config: Config, point: BranchPoint | None) -> BranchPoint | None:
     return point
 
 
-def _leave(config: Config, branch_from: Path) -> BranchPoint:
+def _leave(config: Config, branch_from: Path | str) -> BranchPoint:
     """The point at which a new branch leaves its trunk."""
-    found = checkpoints_meant_by(branch_from)
-    if not found:
-        raise CheckpointMissingError(
-            f"branch_from {branch_from} holds no complete checkpoint; give a run, or one of its "
-            "checkpoints that has not been deleted"
-        )
-    target = found[-1]
+    target, read = _checkpoint_meant_by(branch_from)
     try:
-        fields, sha256 = _read(target)
+        fields, sha256 = read()
         before = _point_of(fields)
         step, trunk = fields["step"], Config.model_validate(fields["config"])
         require_within("step", step, 0, INT64_MAX)
@@ -180,7 +176,7 @@ def _leave(config: Config, branch_from: Path) -> BranchPoint:
     batch, own_steps = trunk.batch, step - (before.step if before is not None else 0)
     has_schedule, has_data = "schedule" in config.keep, "data" in config.keep
     point = BranchPoint(
-        checkpoint=str(target),
+        checkpoint=target,
         sha256=sha256,
         trunk_step=step,
         kept=config.keep,
@@ -209,6 +205,21 @@ def _leave(config: Config, branch_from: Path) -> BranchPoint:
             f"use the megaback that began it, or restart the data: {point.without('data')}",
         )
     return point
+
+
+def _checkpoint_meant_by(
+    branch_from: Path | str,
+) -> tuple[str, Callable[[], tuple[dict[str, Any], str]]]:
+    """Path or address of the trunk's checkpoint, and a reader of its metadata."""
+    if isinstance(branch_from, str):
+        if copy := find_base_copy(branch_from):
+            return copy[0].name, partial(_parse, copy[1])
+    elif found := checkpoints_meant_by(branch_from):
+        return str(found[-1]), partial(_read, found[-1])
+    raise CheckpointMissingError(
+        f"branch_from {shown_url(str(branch_from))} holds no complete checkpoint; give a run, or "
+        "one of its checkpoints that has not been deleted"
+    )
 
 
 def _tokens(trunk: Config, before: BranchPoint | None, own_steps: int) -> int:
@@ -259,7 +270,10 @@ def _order_fields(config: Config) -> dict[str, Any]:
 
 def _read(checkpoint: Path) -> tuple[dict[str, Any], str]:
     """Fields of a meta.json, and its hash. Raises OSError, ValueError."""
-    content = read_file(checkpoint / META_NAME, _MAX_META_BYTES)
+    return _parse(read_file(checkpoint / META_NAME, MAX_META_BYTES))
+
+
+def _parse(content: bytes) -> tuple[dict[str, Any], str]:
     fields = parse_json(content)
     if not isinstance(fields, dict):
         raise ValueError("it is not an object")

@@ -12,7 +12,7 @@ from pydantic import field_validator, model_validator
 
 from data_pipeline.common import number_ranges as ranges
 from megaback.config_batch import BatchSection, unequal_heads
-from megaback.config_data import DataSection
+from megaback.config_data import Base, DataSection
 from megaback.config_operation import (
     CheckpointSection,
     GuardSection,
@@ -263,12 +263,12 @@ class Config(Section):
 
     run: Path
     """Folder of the run: config, metrics, checkpoints, logs."""
-    init_from: Path | None = None
-    """Source of the initial weights: a folder of `megaback convert --to full`, another run, or one
-    of its checkpoints. Default: random weights."""
-    branch_from: Path | None = None
-    """Checkpoint from which the run continues as a branch, or a run: its newest one. Used at the
-    first start only. Default: none."""
+    init_from: Base | None = None
+    """Source of the initial weights: a folder of `megaback convert --to full`, another run, one of
+    its checkpoints, or their copies in checkpoint.copy_to. Default: random weights."""
+    branch_from: Base | None = None
+    """Checkpoint from which the run continues as a branch, or a run: its newest one. Or the path or
+    URL of copies in checkpoint.copy_to. Used at the first start only. Default: none."""
     keep: tuple[Kept, ...] = ALL_KEPT
     """State that a branch continues. weights: always; optimizer: its moments; schedule: the step,
     and with it the learning rate; data: the order, after the rows already read."""

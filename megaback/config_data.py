@@ -6,17 +6,39 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, field_serializer, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from data_pipeline.common import number_ranges as ranges
+from data_pipeline.common.local_paths import local_path
 from data_pipeline.loading.weight_schedule import Weight, moment_without_data, positions_of
-from data_pipeline.redaction import shown_url
+from data_pipeline.redaction import is_url, shown_url
 from data_pipeline.storage.address_variables import kept
 from data_pipeline.text.codec import Directions
 from megaback.config_section import Section
 
 Address = Annotated[str, AfterValidator(kept)]
 """A path or URL. Its secrets are in environment variables, so that no copy of a config has them."""
+
+
+def parse_base(value: Any) -> Any:
+    """A local path as Path, and the address of another location as `Address`.
+
+    Raises ConfigError.
+    """
+    if not isinstance(value, str):
+        return value
+    local = local_path(value) if is_url(value) else Path(value)
+    return kept(value) if local is None else local
+
+
+Base = Annotated[Path | str, BeforeValidator(parse_base)]
+"""Path of a run, checkpoint or model, or URL of copies of checkpoints."""
 
 DEFAULT_FORWARD_SHARE = 0.5
 

@@ -31,6 +31,8 @@ PREFLIGHT_NAME = "preflight.json"
 PREFLIGHT_FOLDER = ".preflight"
 """Files by which nodes test whether they share the disk."""
 SKIPPED_STEPS_NAME = "skipped_steps.json"
+MAX_SKIPPED_STEPS_BYTES = 1 << 20
+"""The file holds first and last of each range of steps that `megaback rollback` excluded."""
 WANDB_ID_NAME = "wandb_id.txt"
 WANDB_FOLDER = "wandb"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -51,12 +53,16 @@ LOGS_FOLDER = "logs"
 
 CHECKPOINTS_FOLDER = "checkpoints"
 META_NAME = "meta.json"
+MAX_META_BYTES = 1 << 24
+"""Maximum size of meta.json, enough for about 30,000 ranks."""
 LATEST_NAME = "latest"
 BEST_NAME = "best"
 """Mark that names the checkpoint with the lowest val loss, which is never deleted."""
 STEP_PREFIX = "step-"
 FETCHED_NAME = ".fetched.partial"
 """Checkpoint that is being fetched from `checkpoint.copy_to`."""
+BASE_FOLDER = ".base"
+"""Checkpoint that a run begins from, fetched from a URL, until it is loaded."""
 TENSORS_SUFFIX = ".safetensors"
 WEIGHTS_PREFIX = "weights-"
 OPTIMIZER_PREFIX = "optimizer-"
@@ -130,9 +136,13 @@ def memory_path(run: Path, rank: int, suffix: str) -> Path:
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
+    return _complete_in(run / CHECKPOINTS_FOLDER)
+
+
+def _complete_in(folder: Path) -> list[Path]:
     return sorted(
         path.parent
-        for path in (run / CHECKPOINTS_FOLDER).glob(f"{STEP_PREFIX}*/{META_NAME}")
+        for path in folder.glob(f"{STEP_PREFIX}*/{META_NAME}")
         if STEP_FOLDER.fullmatch(path.parent.name)
     )
 
@@ -143,14 +153,14 @@ def newest_checkpoint_step(run: Path) -> int:
 
 
 def checkpoints_meant_by(path: Path) -> list[Path]:
-    """The complete checkpoints of a run or of its folder of checkpoints, oldest first.
+    """The complete checkpoints of a run, its folder of checkpoints or its copies, oldest first.
 
     For a checkpoint or a mark, only that one. Nothing is verified. Raises the errors of `meant_by`.
     """
     path = meant_by(path)
     if (path / META_NAME).is_file():
         return [path]
-    return complete_checkpoints(path.parent if path.name == CHECKPOINTS_FOLDER else path)
+    return complete_checkpoints(path) or _complete_in(path)
 
 
 def meant_by(path: Path) -> Path:

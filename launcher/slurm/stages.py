@@ -31,6 +31,7 @@ from launcher.slurm.sbatch_files import sbatch_value
 from megaback.branches import find_branch_point
 from megaback.config import Config
 from megaback.config_batch import split_batch
+from megaback.copy_location import require_base_copy
 from megaback.data import open_data
 from megaback.faults.rolled_back_branches import require_no_rolled_back_branch
 from megaback.horizons import require_branch_points
@@ -119,10 +120,13 @@ def check_run(config: Config, num_ranks: int, builds_data: bool) -> None:
         find_branch_point(config)
     else:
         open_data(config, 0, num_ranks)
-    if config.init_from is not None and not holds_weights(config.init_from):
+    base = config.init_from
+    if isinstance(base, str):
+        require_base_copy(base)
+    elif base is not None and not holds_weights(base):
         raise CheckpointMissingError(
-            f"init_from {config.init_from} is not a model's folder, a run with a checkpoint, or a "
-            "checkpoint; name one of these"
+            f"init_from {base} is not a model's folder, a run with a checkpoint, or a checkpoint; "
+            "name one of these"
         )
     for folder in (config.run.absolute(), *config.run.absolute().parents):
         if folder.exists():

@@ -47,6 +47,7 @@ from megaback.distributed.world import World
 from megaback.run_folder import (
     FILE_NAME,
     GGUF_NAME,
+    MAX_META_BYTES,
     META_NAME,
     OPTIMIZER_PREFIX,
     STEP_FOLDER,
@@ -58,8 +59,6 @@ from megaback.run_folder import (
 
 FORMAT_NAME = "megaback-checkpoint"
 FORMAT_VERSION = 2
-MAX_META_BYTES = 1 << 24
-"""Maximum size of meta.json, enough for about 30,000 ranks."""
 _LOG = logging.getLogger("megaback.checkpoints")
 _MAX_CONFIG_DEPTH = 16
 

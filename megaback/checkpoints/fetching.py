@@ -12,12 +12,15 @@ from pathlib import Path
 
 from data_pipeline.common.own_files import remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, StorageError
-from megaback.checkpoints.checkpoint import CheckpointMeta, verify_files
+from megaback.checkpoints.checkpoint import CheckpointMeta, verify_files, verify_together
+from megaback.checkpoints.copies import CheckpointCopies
 from megaback.checkpoints.remote_copy import CopyTarget
+from megaback.checkpoints.safetensors_file import size_and_hash
+from megaback.copy_location import BaseCopy
 from megaback.distributed.world import World
 from megaback.faults.start_fence import NO_FENCE, Fence
 from megaback.faults.step_guard import merge_skipped_steps
-from megaback.run_folder import CHECKPOINT_FILE, CHECKPOINTS_FOLDER, FETCHED_NAME
+from megaback.run_folder import CHECKPOINT_FILE, CHECKPOINTS_FOLDER, FETCHED_NAME, META_NAME
 
 
 def fetch_newest(
@@ -32,12 +35,7 @@ def fetch_newest(
     names = world.run_collectively(lambda: place.complete() if world.is_first else [])
     for name in reversed(world.of_first(names, list[str])):
         fetch = _Fetch(run, place, name, world, fence)
-        meta, problem = world.run_collectively(fetch.begin)
-        meta = world.of_first(meta, CheckpointMeta | None)
-        if meta is not None:
-            problem = world.run_collectively(fetch.get_part, meta)
-        reported = [text for text in world.gather(problem, str | None) if text]
-        world.run_collectively(fetch.finish, not reported)
+        meta, reported = _fetch(fetch)
         if meta is not None and not reported:
             return fetch.target, meta
         problems.extend(reported)
@@ -46,30 +44,73 @@ def fetch_newest(
     return None
 
 
+def fetch_base(
+    folder: Path, copy: BaseCopy, world: World, fence: Fence = NO_FENCE
+) -> tuple[Path, CheckpointMeta]:
+    """Fetch one copy into a folder, as a run's; one that is there and verifies is used as it is.
+
+    Collective. Raises CheckpointCorruptError on all ranks if it does not verify.
+    """
+    target = folder / CHECKPOINTS_FOLDER / copy.folder
+    meta, problems = verify_together(target, world)
+    is_same = (
+        world.is_first and not problems and size_and_hash(target / META_NAME)[1] == (copy.sha256)
+    )
+    if meta is not None and world.of_first(is_same, bool):
+        return target, meta
+    place = world.run_collectively(CheckpointCopies, copy.location)
+    meta, problems = _fetch(_Fetch(folder, place, copy.folder, world, fence), copy.sha256)
+    if meta is None or problems:
+        raise CheckpointCorruptError(
+            f"{copy.name} does not verify: {problems[0]}; give another checkpoint"
+        )
+    return target, meta
+
+
+def _fetch(fetch: "_Fetch", sha256: str | None = None) -> tuple[CheckpointMeta | None, list[str]]:
+    """Metadata of a fetched copy, and what is wrong with it on any rank. Collective."""
+    world = fetch.world
+    meta, problem = world.run_collectively(fetch.begin, sha256)
+    meta = world.of_first(meta, CheckpointMeta | None)
+    if meta is not None:
+        problem = world.run_collectively(fetch.get_part, meta)
+    reported = [text for text in world.gather(problem, str | None) if text]
+    world.run_collectively(fetch.finish, not reported)
+    return meta, reported
+
+
 class _Fetch:
     """A copy that all ranks fetch into the checkpoints of a run."""
 
-    def __init__(self, run: Path, place: CopyTarget, name: str, world: World, fence: Fence) -> None:
+    def __init__(
+        self, run: Path, place: CheckpointCopies, name: str, world: World, fence: Fence
+    ) -> None:
         self.target = run / CHECKPOINTS_FOLDER / name
         self._partial = self.target.with_name(FETCHED_NAME)
         self._run, self._place, self._name = run, place, name
-        self._world, self._fence = world, fence
+        self.world, self._fence = world, fence
 
-    def begin(self) -> tuple[CheckpointMeta | None, str | None]:
-        """Fetch the metadata, on the first rank, into an empty folder; or what is wrong with it."""
-        if not self._world.is_first:
+    def begin(self, sha256: str | None = None) -> tuple[CheckpointMeta | None, str | None]:
+        """Fetch the metadata, on the first rank, into an empty folder; or what is wrong with it.
+
+        `sha256`: expected hash of the metadata.
+        """
+        if not self.world.is_first:
             return None, None
         shutil.rmtree(self._partial, ignore_errors=True)  # left by a killed start
         with self._storage_errors():
             self._partial.mkdir(parents=True)
             try:
-                return self._place.get_meta(self._name, self._partial), None
+                meta = self._place.get_meta(self._name, self._partial)
+                if sha256 not in (None, size_and_hash(self._partial / META_NAME)[1]):
+                    return None, f"{META_NAME} has been replaced"
+                return meta, None
             except CheckpointCorruptError as error:
                 return None, str(error)
 
     def get_part(self, meta: CheckpointMeta) -> str | None:
         """Fetch and verify this rank's part of the files; returns what is wrong with it."""
-        rank, size = self._world.rank, self._world.size
+        rank, size = self.world.rank, self.world.size
         with self._storage_errors():
             try:
                 self._place.get(self._name, self._partial, meta, rank, size)
@@ -80,7 +121,7 @@ class _Fetch:
 
     def finish(self, is_whole: bool) -> None:
         """Make the fetched files a checkpoint of the run, or remove them, on the first rank."""
-        if not self._world.is_first:
+        if not self.world.is_first:
             return
         try:
             with self._storage_errors():

@@ -19,21 +19,16 @@ from data_pipeline.errors import (
     OutputExistsError,
     StorageError,
 )
-from data_pipeline.redaction import is_url, scrub, shown_url
-from data_pipeline.storage.drivers import open_file_system
-from megaback.checkpoints.checkpoint import (
-    MAX_META_BYTES,
-    CheckpointMeta,
-    parse_meta,
-    read_meta,
-)
+from data_pipeline.redaction import scrub
+from megaback.checkpoints.checkpoint import CheckpointMeta, read_meta
+from megaback.checkpoints.copies import CheckpointCopies
 from megaback.checkpoints.safetensors_file import SizeAndHash
 from megaback.config_operation import CheckpointSection
 from megaback.distributed.world import World
 from megaback.faults.start_fence import NO_FENCE, Fence
-from megaback.faults.step_guard import MAX_SKIPPED_STEPS_BYTES
 from megaback.run_folder import (
     CHECKPOINT_FILE,
+    MAX_META_BYTES,
     META_NAME,
     SKIPPED_STEPS_NAME,
     STEP_FOLDER,
@@ -43,19 +38,12 @@ from megaback.run_folder import (
 _READ_BYTES = 1 << 23
 
 
-class CopyTarget:
-    """Location of a run's copies: the folder with the run's name in `copy_to`."""
+class CopyTarget(CheckpointCopies):
+    """Location of a run's copies, which it writes: the folder with its name in `copy_to`."""
 
     def __init__(self, url: str, run: Path) -> None:
-        """Raises the errors of URLs, and BackendError for a file system that is not installed."""
-        folder = url if is_url(url) else f"file://{Path(url).absolute()}"
-        url = f"{folder.rstrip('/')}/{run.resolve().name}"
-        self.name = shown_url(url)
-        self._files, self._root = open_file_system(url)
-
-    def path(self, *names: str) -> str:
-        """Path within the location."""
-        return "/".join([self._root.rstrip("/"), *names])
+        """Raises the errors of `CheckpointCopies`."""
+        super().__init__(f"{url.rstrip('/')}/{run.resolve().name}")
 
     def require_ours(self) -> None:
         """Raises OutputExistsError if the location has anything but copies, and OSError."""
@@ -66,14 +54,6 @@ class CopyTarget:
                 f"checkpoint.copy_to would write to {self.name}, which contains {others[0]}, not "
                 "only copies of checkpoints; choose another location, or another run folder"
             )
-
-    def complete(self) -> list[str]:
-        """The names of complete checkpoints, oldest first. Raises OSError."""
-        return sorted(
-            name
-            for name in self._names()
-            if STEP_FOLDER.fullmatch(name) and self._files.exists(self.path(name, META_NAME))
-        )
 
     def make_incomplete(self, folder: str) -> None:
         """Remove the meta.json of a copy before it is written again."""
@@ -96,57 +76,6 @@ class CopyTarget:
     def complete_with(self, meta: bytes, folder: str) -> None:
         """Write the meta.json of a copy whose files are all written."""
         self._files.pipe_file(self.path(folder, META_NAME), meta)
-
-    def meta(self, folder: str) -> CheckpointMeta:
-        """Metadata of a complete copy. Raises CheckpointCorruptError, OSError."""
-        self._files.invalidate_cache()
-        return self._parsed(self._read(MAX_META_BYTES, folder, META_NAME), folder)
-
-    def get_meta(self, folder: str, target: Path) -> CheckpointMeta:
-        """Fetch the meta.json of a complete copy into an existing local folder.
-
-        Raises CheckpointCorruptError, OSError.
-        """
-        self._files.invalidate_cache()
-        text = self._read(MAX_META_BYTES, folder, META_NAME)
-        meta = self._parsed(text, folder)
-        (target / META_NAME).write_bytes(text)
-        return meta
-
-    def get(
-        self, folder: str, target: Path, meta: CheckpointMeta, part: int = 0, parts: int = 1
-    ) -> None:
-        """Fetch every `parts`-th file of a copy, as `verify_files` verifies them.
-
-        Raises CheckpointCorruptError, OSError.
-        """
-        self._files.invalidate_cache()
-        for name in sorted(meta.files)[part::parts]:
-            path, num_bytes = self.path(folder, name), meta.files[name][0]
-            found = self._files.size(path) if self._files.exists(path) else "no"
-            if found not in (num_bytes, None):
-                raise CheckpointCorruptError(
-                    f"{name} of {folder} in {self.name} has {found} bytes, not {num_bytes:,}"
-                )
-            self._files.get_file(path, str(target / name))
-
-    def _parsed(self, text: bytes, folder: str) -> CheckpointMeta:
-        try:
-            return parse_meta(text, folder)
-        except ValueError as error:
-            raise CheckpointCorruptError(
-                f"{META_NAME} of {folder} in {self.name} is not the metadata of a checkpoint "
-                f"({error})"
-            ) from None
-
-    def _read(self, max_bytes: int, *names: str) -> bytes:
-        """Read a small file. Raises OSError, CheckpointCorruptError."""
-        data = bytes(self._files.cat_file(self.path(*names), start=0, end=max_bytes + 1))
-        if len(data) > max_bytes:
-            raise CheckpointCorruptError(
-                f"{names[-1]} in {self.name} has more than {max_bytes:,} bytes"
-            )
-        return data
 
     def roll_back(self, step: int, skipped_steps: bytes, aside: str) -> None:
         """Move the copies after `step` into the folder `aside`, and store the steps to skip.
@@ -171,12 +100,6 @@ class CopyTarget:
                 "was not changed; run the same command when that location is writable, or remove "
                 "checkpoint.copy_to from the run's config"
             ) from None
-
-    def skipped_steps(self) -> bytes | None:
-        """The steps that a rollback excluded, as in the run's file. Raises OSError."""
-        if not self._files.exists(self.path(SKIPPED_STEPS_NAME)):
-            return None
-        return self._read(MAX_SKIPPED_STEPS_BYTES, SKIPPED_STEPS_NAME)
 
     def rotate(self, section: CheckpointSection, fence: Fence = NO_FENCE) -> None:
         """Delete old and incomplete copies."""
@@ -215,12 +138,6 @@ class CopyTarget:
             return self.meta(name).is_finite
         except CheckpointCorruptError:
             return False
-
-    def _names(self) -> list[str]:
-        self._files.invalidate_cache()
-        if not self._files.exists(self._root):
-            return []
-        return [Path(path).name for path in self._files.ls(self._root, detail=False)]
 
 
 class CheckpointCopier:

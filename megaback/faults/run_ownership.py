@@ -21,6 +21,7 @@ from megaback.faults.exit_record import read_history
 from megaback.faults.run_lock import lock_holder
 from megaback.faults.start_fence import read_start
 from megaback.run_folder import (
+    BASE_FOLDER,
     CHECKPOINTS_FOLDER,
     CONFIG_COPY_NAME,
     CONVERTED_FOLDER,
@@ -32,6 +33,7 @@ from megaback.run_folder import (
     LOGS_FOLDER,
     PREFLIGHT_FOLDER,
     RESOLVED_COPY_NAME,
+    SKIPPED_STEPS_NAME,
     START_NAME,
     STEP_PREFIX,
     SUBMISSION_NAME,
@@ -43,6 +45,7 @@ _MADE_BEFORE_THE_HISTORY = frozenset(
     {
         LOCK_NAME,
         START_NAME,
+        BASE_FOLDER,
         CHECKPOINTS_FOLDER,
         CONVERTED_FOLDER,
         HEARTBEATS_FOLDER,
@@ -67,7 +70,7 @@ def require_run_folder(config: Config, given: Path | None = None) -> None:
         raise OutputExistsError(f"run {run} is a file; choose another run folder")
     inputs = [*(part.path for part in config.data.shards), config.init_from]
     trunk = config.branch_from
-    if trunk is not None and (trunk / CHECKPOINTS_FOLDER).is_dir():
+    if isinstance(trunk, Path) and (trunk / CHECKPOINTS_FOLDER).is_dir():
         trunk = trunk / CHECKPOINTS_FOLDER  # the branch may be below the rest of the run
     inputs.append(trunk)
     require_apart(run, inputs, "run")
@@ -154,6 +157,9 @@ def _is_left_by_us(path: Path) -> bool:
         return all(one.name.startswith(HEARTBEAT_PREFIX) for one in path.iterdir())
     if path.name == CHECKPOINTS_FOLDER:  # fetched from the second place
         return all(one.name.startswith((STEP_PREFIX, FETCHED_NAME)) for one in path.iterdir())
+    if path.name == BASE_FOLDER:  # fetched from a URL
+        ours = (CHECKPOINTS_FOLDER, SKIPPED_STEPS_NAME)
+        return all(one.name in ours for one in path.iterdir())
     if path.name == CONVERTED_FOLDER:  # models of fetched checkpoints
         return all(
             one.name.startswith((LOCK_NAME, STEP_PREFIX, f".{STEP_PREFIX}"))

@@ -18,10 +18,8 @@ from data_pipeline.common.atomic import replacing
 from data_pipeline.common.regular_files import UNFIT, read_file
 from data_pipeline.errors import NonFiniteError, RunMismatchError
 from megaback.config_operation import GuardSection
-from megaback.run_folder import SKIPPED_STEPS_NAME
+from megaback.run_folder import MAX_SKIPPED_STEPS_BYTES, SKIPPED_STEPS_NAME
 
-MAX_SKIPPED_STEPS_BYTES = 1 << 20
-"""The file holds first and last of each range of steps that `megaback rollback` excluded."""
 _RANGES = TypeAdapter(list[tuple[int, int]])
 
 

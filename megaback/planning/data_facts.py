@@ -12,7 +12,7 @@ import numpy as np
 from data_pipeline.errors import CheckpointMissingError, ConfigError, ShardsMissingError
 from data_pipeline.loading.document_index import open_document_index
 from data_pipeline.loading.row_grid import RowGrid
-from data_pipeline.redaction import is_url
+from data_pipeline.redaction import is_url, shown_url
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.document_lengths import DocumentLengths
 from data_pipeline.shards.manifest import Manifest
@@ -184,7 +184,8 @@ def _branch_of(config: Config, notes: list[str]) -> BranchPoint | None:
     try:
         branch = find_branch_point(config)
     except CheckpointMissingError:
-        notes.append(f"branch_from {config.branch_from} has no checkpoint yet; counting all steps")
+        trunk = shown_url(str(config.branch_from))
+        notes.append(f"branch_from {trunk} has no checkpoint yet; counting all steps")
         return None
     if branch is not None:
         notes.append(f"branch from {branch.description}; steps, time and tokens are its own")

@@ -1,6 +1,7 @@
 """Lineage of a run's weights: its base, the checkpoint that it resumed from, its starts."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megaback.config import Config
@@ -17,12 +18,21 @@ def lineage(config: Config, start_step: int) -> dict[str, Any]:
     The base and the checkpoint are given as in `WeightsIdentity`.
     """
     started = [line for line in read_history(config.run) if line.get("event") == "start"]
-    base = None if config.init_from is None else description_of(config.init_from)
+    base = None
+    if isinstance(config.init_from, Path):
+        base = asdict(identity_of(description_of(config.init_from)))
+    elif config.init_from is not None:
+        base = _recorded(started, "base")
     checkpoint = config.run / CHECKPOINTS_FOLDER / step_name(start_step) / META_NAME
     return {
-        "base": None if base is None else asdict(identity_of(base)),
-        "trunk": next((line["branch"] for line in reversed(started) if "branch" in line), None),
+        "base": base,
+        "trunk": _recorded(started, "branch"),
         "checkpoint": asdict(identity_of(checkpoint)) if start_step else None,
         "restarts": max(len(started) - 1, 0),
         "starts": [{key: line.get(key) for key in ("step", "time")} for line in started],
     }
+
+
+def _recorded(started: list[dict[str, Any]], key: str) -> Any:
+    """A key of the newest start that recorded it; None if none did."""
+    return next((line[key] for line in reversed(started) if key in line), None)

@@ -21,12 +21,11 @@ from megaback.tracking.metrics import read_metrics
 Trunk = tuple[Path, CheckpointMeta]
 
 
-def open_trunk(branch: BranchPoint, world: World) -> Trunk:
+def open_trunk(target: Path, world: World) -> Trunk:
     """Verify the checkpoint that a branch continues. Collective.
 
     Ends all ranks with a CheckpointCorruptError if it is damaged or has been deleted.
     """
-    target = Path(branch.checkpoint)
     meta, problems = verify_together(target, world)
     if meta is None or problems:
         world.stop_if_any(
@@ -47,7 +46,7 @@ def continue_records(config: Config, branch: BranchPoint, trunk: Trunk, fence: F
     """
     target, meta = trunk
     has_run = target.parent.name == CHECKPOINTS_FOLDER
-    run = target.parent.parent
+    run = target.parent.parent if has_run else target.parent  # of copies, their location
     lines: list[dict[str, Any]] = []
     if branch.kept == ALL_KEPT and has_run and (run / METRICS_NAME).exists():
         lines = _guarded_lines(run, branch.trunk_step, config.guard.window_steps)
@@ -56,7 +55,7 @@ def continue_records(config: Config, branch: BranchPoint, trunk: Trunk, fence: F
     (config.run / SAMPLES_NAME).unlink(missing_ok=True)
     batch_rows = meta.config.get("batch", {}).get("global_batch_rows")
     is_same_order = branch.continues("data") and batch_rows == config.batch.global_batch_rows
-    if branch.continues("schedule") and is_same_order and has_run:
+    if branch.continues("schedule") and is_same_order:
         excluded = [one for one in read_excluded_steps(run) if one[1] > branch.step]
         if excluded:
             fence.check()

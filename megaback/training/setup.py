@@ -5,8 +5,9 @@ All checks that can refuse a start come before anything is written (`_accept`).
 
 import logging
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import torch
@@ -64,7 +65,13 @@ from megaback.run_folder import (
     step_name,
 )
 from megaback.tracking.trackers import require_installed
-from megaback.training.branch import continue_records, open_trunk
+from megaback.training.base import (
+    RunBase,
+    fetch_remote_base,
+    open_local_base,
+    remove_fetched_base,
+)
+from megaback.training.branch import continue_records
 from megaback.training.run import Run
 from megaback.training.same_run import require_same_run
 from megaback.training.start import (
@@ -75,7 +82,8 @@ from megaback.training.start import (
     require_readable,
 )
 from megaback.training.suites import open_suites
-from megaback.weights.init_from import open_base
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 _LOG = logging.getLogger("megaback.training")
 
@@ -130,20 +138,7 @@ def prepare_run(
     # Before the model is created, which is whole on every rank.
     rooms = world.gather(available_memory(world.device), AvailableMemory)
     world.run_collectively(require_memory, config, data.codec.vocab_size, rooms)
-    base = trunk = None
-    if meta is None and data.branch is not None:
-        trunk = open_trunk(data.branch, world)
-    elif meta is None and config.init_from is not None:
-        base = world.run_collectively(
-            open_base,
-            config.init_from,
-            config.model,
-            data.codec.vocab_size,
-            data.text_format,
-            f"the run on {config.data.description}",
-            world.rank,
-            world.size,
-        )
+    base = RunBase() if meta is not None else open_local_base(config, data, world)
 
     model = ReverseGPT(
         config.model,
@@ -169,14 +164,16 @@ def prepare_run(
     elif _newest_step(config, world) != seen_step:  # an older start has saved meanwhile
         found = newest_checkpoint(config.run, world)
     if found is not None:
-        trunk = None
+        base = RunBase()
+    else:
+        base = fetch_remote_base(config, data, world, watchdog.fence, base)
+    trunk = base.trunk
     start_step = found[1].step if found is not None else 0
     if trunk is not None and data.branch is not None:
         start_step = data.branch.step
     watchdog.open()
     accepted = (start_step, data.total_steps, changes, watchdog.fence)
-    begun = data.branch if trunk is not None else None
-    world.run_collectively(_accept, config, world, config_path, *accepted, begun)
+    world.run_collectively(_accept, config, world, config_path, *accepted, base.facts)
     if trunk is not None:
         continued = (config, data.branch, trunk, watchdog.fence)
         world.run_collectively(_on_first_rank, world, continue_records, *continued)
@@ -197,12 +194,13 @@ def prepare_run(
         load_into_engine(engine, *trunk, world, only_weights=only_weights)
     else:
         # Into the engine rather than the model, of which it only has copies in bf16.
-        if base is not None:
-            weights: Iterable[tuple[str, Tensor]] = ((name, base.read(name)) for name in shapes)
+        if (given := base.weights) is not None:
+            weights: Iterable[tuple[str, Tensor]] = ((name, given.read(name)) for name in shapes)
         else:
             weights = initial_weights(config.model, shapes, config.training.seed)
         world.run_collectively(load_weights, engine, weights)
         refresh_copies(engine)
+    remove_fetched_base(config.run, world)
     return Run(
         config=config,
         data=data,
@@ -355,15 +353,13 @@ def _accept(
     total_steps: int,
     changes: Changes,
     fence: Fence,
-    begun: BranchPoint | None = None,
+    base: Mapping[str, Any] = _NOTHING,
 ) -> None:
-    """Record the start of the run, perhaps as a new branch, and write its config."""
+    """Record the start of the run, and of its base if it begins, and write its config."""
     if not world.is_first:
         return
     fence.check()
     facts: dict[str, Any] = {"changed": changes} if changes else {}
-    if begun is not None:
-        facts["branch"] = begun.identity()
     record_start(
         config.run,
         start=fence.start_id,
@@ -372,6 +368,7 @@ def _accept(
         world_size=world.size,
         zero_stage=config.zero.stage,
         **facts,
+        **base,
     )
     place = place_of_config(config.run, config_path)
     if place is not None:

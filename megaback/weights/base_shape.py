@@ -9,9 +9,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from data_pipeline.common.checked_json import read_json
+from data_pipeline.common.checked_json import parse_json, read_json
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError, RunMismatchError
+from data_pipeline.redaction import shown_url
 from megaback.config import ModelSection
+from megaback.config_data import parse_base
+from megaback.copy_location import find_base_copy
 from megaback.faults.run_ownership import config_of_run
 from megaback.run_folder import META_NAME, MODEL_CONFIG_NAME, checkpoints_meant_by
 from megaback.weights.hf_config import from_stock, is_stock
@@ -43,7 +46,12 @@ def with_base_shape(fields: dict[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in given.items() if value is not None}
     if given.keys() >= ARCHITECTURE:
         return fields
-    shape = base_shape(Path(base)) or _shape_of_run(fields.get("run"))
+    base, run = parse_base(base), fields.get("run")
+    if isinstance(base, str):  # a run that has begun needs it no longer
+        shape = _shape_of_run(run) or _shape_of_copy(base)
+        base = shown_url(base)
+    else:
+        shape = base_shape(base) or _shape_of_run(run)
     if shape is None:
         if given.keys() >= _REQUIRED:
             return fields  # training itself reports the missing base
@@ -80,6 +88,18 @@ def base_shape(base: Path) -> ModelSection | None:
     return _shape(path, _read(path).get("config"))
 
 
+def _shape_of_copy(address: str) -> ModelSection | None:
+    """Model shape of a checkpoint's copy; None if the address has none."""
+    found = find_base_copy(address)
+    if found is None:
+        return None
+    copy, text = found
+    try:
+        return _shape(copy.name, parse_json(text).get("config"))
+    except (ValueError, AttributeError) as error:
+        raise _damaged(copy.name, error) from None
+
+
 def _shape_of_run(run: Any) -> ModelSection | None:
     """Model shape of a run that has begun, from its folder."""
     path = config_of_run(Path(str(run)))
@@ -99,14 +119,14 @@ def _read(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _shape(path: Path, fields: Any) -> ModelSection:
+def _shape(path: Path | str, fields: Any) -> ModelSection:
     try:
         return ModelSection.model_validate(fields["model"])
     except (KeyError, TypeError, ValidationError) as error:
         raise _damaged(path, error) from None
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointCorruptError:
+def _damaged(path: Path | str, error: Exception) -> CheckpointCorruptError:
     reason = " ".join(str(error).split())
     return CheckpointCorruptError(f"{path} does not describe a model ({reason})")
 

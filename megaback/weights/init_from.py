@@ -23,13 +23,14 @@ def open_base(
     run: str,
     part: int = 0,
     parts: int = 1,
+    address: str | None = None,
 ) -> WeightSource:
     """Weights of a base: a model's folder, a run, or one of its checkpoints.
 
-    `shape`, `vocab_size` and `text_format` are the run's; `run` is its name for messages. Of
-    several ranks, each verifies a part of the files. Raises CheckpointMissingError,
-    CheckpointCorruptError, TokenizerMismatchError, DirectionMismatchError,
-    RunMismatchError.
+    `shape`, `vocab_size` and `text_format` are the run's; `run` is its name for messages, and
+    `address` that from which the base was fetched. Of several ranks, each verifies a part of the
+    files. Raises CheckpointMissingError, CheckpointCorruptError, TokenizerMismatchError,
+    DirectionMismatchError, RunMismatchError.
     """
     if (base / MODEL_CONFIG_NAME).is_file():
         _require_fit(read_description(base), shape, vocab_size, base, text_format, run)
@@ -40,7 +41,8 @@ def open_base(
             "of its checkpoints"
         )
     checkpoint = open_checkpoint(base, part, parts)
-    _require_fit(checkpoint.description, shape, vocab_size, base, text_format, run)
+    shown = address or base
+    _require_fit(checkpoint.description, shape, vocab_size, shown, text_format, run)
     return checkpoint
 
 
@@ -48,7 +50,7 @@ def _require_fit(
     description: ModelDescription,
     shape: ModelSection,
     vocab_size: int,
-    base: Path,
+    base: Path | str,
     text_format: TextFormat,
     run: str,
 ) -> None:

@@ -16,7 +16,7 @@ from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import TextCodec
 from megaback.branches import recorded_branch_point
 from megaback.checkpoints.checkpoint import find_checkpoint
-from megaback.run_folder import CHECKPOINTS_FOLDER, complete_checkpoints, step_name
+from megaback.run_folder import BASE_FOLDER, CHECKPOINTS_FOLDER, complete_checkpoints, step_name
 from tests.helpers.tiny_run import (
     curve_of,
     metrics_of,
@@ -57,6 +57,17 @@ def test_a_branch_that_changes_nothing_repeats_its_trunk(
     point = recorded_branch_point(branch)
     assert point is not None
     assert (point.checkpoint, point.trunk_step) == (str(half), 10)
+
+
+def test_ranks_fetch_a_copy_at_a_url_together(
+    trunk: Path, half: Path, run_of: RunOf, tmp_path: Path
+) -> None:
+    shutil.copytree(half, tmp_path / "copies" / half.name)
+
+    branch = run_of(*SHORT, f"branch_from=local://{tmp_path}/copies")  # file:// is read in place
+
+    assert find_checkpoint(branch)[1].files == find_checkpoint(trunk)[1].files
+    assert not (branch / BASE_FOLDER).exists()
 
 
 def test_a_branch_that_keeps_the_weights_alone_is_a_run_of_init_from(

@@ -22,6 +22,7 @@ FLOORS = [
     ["megaback.own_process", "megaback.source_definitions"],
     ["megaback.errors", "megaback.installation", "megaback.environment", "megaback.yaml_text"],
     ["megaback.run_folder", "megaback.yaml_edit"],
+    ["megaback.copy_location"],
     ["megaback.config_messages", "megaback.config_section", "megaback.use_commands"],
     ["megaback.config_data", "megaback.config_validation"],
     ["megaback.config_batch", "megaback.config_operation"],

@@ -52,6 +52,7 @@ FREE: dict[str, Callable[[Path], None]] = {
     "a start that was refused": lambda run: (run.mkdir(), unlocked(run))[0],
     "fetched checkpoints that were used as a model": lambda run: (
         write(run / "checkpoints" / "step-00000010" / "meta.json"),
+        write(run / ".base" / "checkpoints" / ".fetched.partial" / "meta.json"),
         write(run / "converted" / ".lock", ""),
         write(run / "converted" / "step-00000010-0123456789ab" / "config.json"),
     )[0],
@@ -65,6 +66,7 @@ FOREIGN: dict[str, Callable[[Path], None]] = {
     "a home": lambda run: write(run / ".bashrc"),
     "a project": lambda run: write(run / "src" / "main.py"),
     "checkpoints of others": lambda run: write(run / "checkpoints" / "last.ckpt"),
+    "something in the place of a base": lambda run: write(run / ".base" / "talk.mp4"),
     "conversions of others": lambda run: write(run / "converted" / "talk.mp4"),
     "logs": lambda run: write(run / "logs" / "train-1.out"),
     "a history of others": lambda run: write(run / "history.jsonl", '{"version": 1}\n'),
