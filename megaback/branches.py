@@ -70,6 +70,8 @@ class BranchPoint:
     data_fingerprint: str
     """Fingerprint of the trunk's data sets."""
     text_format: dict[str, str]
+    data: str | None = None
+    """The trunk's data sets and their fingerprint, for records; None in earlier versions."""
 
     def require_plausible(self) -> None:
         """Raises ValueError for values that no run writes."""
@@ -90,11 +92,12 @@ class BranchPoint:
         return f"keep=[{', '.join(kept for kept in self.kept if kept != part)}]"
 
     def identity(self) -> dict[str, Any]:
-        """Path, step and hash of the trunk's checkpoint, and what is kept, for records."""
+        """Path, step, hash and data of the trunk's checkpoint, and what is kept, for records."""
         return {
             "path": self.checkpoint,
             "step": self.trunk_step,
             "sha256": self.sha256,
+            "data": self.data,
             "kept": list(self.kept),
         }
 
@@ -186,6 +189,7 @@ def _leave(config: Config, branch_from: Path | str) -> BranchPoint:
         order_rows=_order_rows(trunk, before) if has_data else config.batch.global_batch_rows,
         data_fingerprint=fingerprint,
         text_format=text_format,
+        data=trunk.data.with_fingerprint(fingerprint),
     )
     _require_fit(config, trunk, point)
     if has_data and config.data.depends_on_length:

@@ -162,6 +162,10 @@ class DataSection(Section):
             for part in self.shards
         )
 
+    def with_fingerprint(self, fingerprint: str) -> str:
+        """The data sets, and the fingerprint of their contents and weights, for records."""
+        return f"{self.description}; fingerprint {fingerprint}"
+
     @property
     def weights(self) -> tuple[Weight, ...]:
         """Weights of the data sets over training."""

@@ -368,7 +368,7 @@ def _model(folder: Path, verify: bool) -> Artifact:
         checked = f"{len(stored.names)} files of weights, {how}"
     codec = TextCodec.load_as(tokenizer_of(folder), description.text_format)
     description.text_format.require_same(codec.format, f"the model {folder}", "its tokenizer")
-    shape, average = description.shape, description.average
+    shape, average, branch = description.shape, description.average, description.branch
     return Artifact(
         kind=kind,
         path=folder,
@@ -380,6 +380,7 @@ def _model(folder: Path, verify: bool) -> Artifact:
             "step": description.step,
             "val_loss": None if stored.changed else description.val_loss,
             "average_of": None if average is None else [one.path for one in average.sources],
+            "branch_from": None if branch is None else branch.shown,
             "changed": [f"{name} (by another program)" for name in stored.changed] or None,
         },
         checked=checked,

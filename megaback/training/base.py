@@ -6,7 +6,7 @@ run's folder, where it stays until it is loaded.
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from megaback.copy_location import BaseCopy, location_of, require_base_copy
 from megaback.data import Data
 from megaback.distributed.world import World
 from megaback.faults.start_fence import Fence
-from megaback.run_folder import BASE_FOLDER, step_name
+from megaback.run_folder import BASE_FOLDER, META_NAME, step_name
 from megaback.training.branch import Trunk, open_trunk
-from megaback.weights.identity import WeightsIdentity
+from megaback.weights.identity import identity_of
 from megaback.weights.init_from import open_base
 from megaback.weights.source import WeightSource
 
@@ -66,10 +66,10 @@ def fetch_remote_base(
     found = world.of_first(named, BaseCopy | None)
     assert found is not None
     into = config.run / BASE_FOLDER
-    target, meta = world.run_collectively(fetch_base, into, found, world, fence)
+    target, _ = world.run_collectively(fetch_base, into, found, world, fence)
     opening = partial(_opener(config, data, world), target, address=found.name)
     weights = world.run_collectively(opening)
-    identity = WeightsIdentity(path=found.name, step=meta.step, sha256=found.sha256)
+    identity = replace(identity_of(target / META_NAME), path=found.name)
     return RunBase(weights=weights, facts={"base": asdict(identity)})
 
 

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.common.checked_json import made_from, read_json, require_sha256
 from megaback.checkpoints.safetensors_file import size_and_hash
+from megaback.config_data import DataSection
 from megaback.run_folder import META_NAME, MODEL_CONFIG_NAME, SUMS_NAME, checkpoints_meant_by
 
 
@@ -17,6 +19,8 @@ class WeightsIdentity:
     sha256: str | None = None
     """Hash of the file that lists the hashes of the weights: a checkpoint's meta.json, a model
     folder's SHA256SUMS or, in earlier versions and models of others, its config.json."""
+    data: str | None = None
+    """Data sets that a checkpoint's run was trained on, and their fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,31 @@ class Average:
         return average
 
 
+@dataclass(frozen=True, kw_only=True)
+class Branching:
+    """Origin of a branch's weights: what it continues, and on which data."""
+
+    trunk: WeightsIdentity
+    kept: tuple[str, ...]
+    data: str
+    """The branch's own data sets and their fingerprint."""
+
+    @property
+    def shown(self) -> str:
+        """Checkpoint, step and what is kept, as of a `BranchPoint`."""
+        return f"{self.trunk.path} (step {self.trunk.step}; keeps {', '.join(self.kept)})"
+
+    @classmethod
+    def of_field(cls, value: object) -> "Branching | None":
+        """From a field of a config.json. Raises ValueError, TypeError."""
+        if value is None:
+            return None
+        branching = made_from(cls, value)
+        if branching.trunk.sha256 is not None:
+            require_sha256("sha256 of a trunk", branching.trunk.sha256)
+        return branching
+
+
 def description_of(path: Path) -> Path:
     """The file that describes a model folder, a checkpoint, or a run's newest checkpoint."""
     if (path / MODEL_CONFIG_NAME).is_file():
@@ -50,8 +79,19 @@ def identity_of(description: Path) -> WeightsIdentity:
     """Identity of the weights that a file describes."""
     folder, sums = str(description.parent), description.with_name(SUMS_NAME)
     try:
-        step = read_json(description).get("step")
+        fields = read_json(description)
+        step = fields.get("step")
         hashed = sums if sums.is_file() else description
-        return WeightsIdentity(path=folder, step=step, sha256=size_and_hash(hashed)[1])
+        sha256 = size_and_hash(hashed)[1]
+        return WeightsIdentity(path=folder, step=step, sha256=sha256, data=_data_of(fields))
     except (OSError, ValueError, AttributeError):
         return WeightsIdentity(path=folder)
+
+
+def _data_of(fields: dict[str, Any]) -> str | None:
+    """Data sets in the fields of a meta.json; None for a model folder."""
+    try:
+        data = DataSection.model_validate(fields["config"]["data"])
+        return data.with_fingerprint(str(fields["data_fingerprint"]))
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -40,7 +40,7 @@ from megaback.model.gpt import ReverseGPT
 from megaback.planning.host_memory import host_memory_bytes
 from megaback.run_folder import ADAPTER_NAME, MODEL_CONFIG_NAME
 from megaback.weights.hf_config import from_stock, is_stock
-from megaback.weights.identity import Average
+from megaback.weights.identity import Average, Branching
 from megaback.weights.weight_files import StoredWeights, read_sums, write_weights
 from megaback.weights.weight_names import require_exact, shapes_of
 
@@ -72,6 +72,8 @@ class ModelDescription:
     """Whether it was trained on instruction examples, as BackChat is."""
     average: Average | None = None
     """Origin of the weights, if they are the mean of others."""
+    branch: Branching | None = None
+    """Origin of the weights, or of the last ones of a mean, if they are a branch's."""
 
     def to_fields(self) -> dict[str, Any]:
         """Our fields of config.json."""
@@ -86,6 +88,7 @@ class ModelDescription:
             "val_loss": self.val_loss if math.isfinite(self.val_loss or 0.0) else None,
             "on_examples": self.on_examples,
             **({} if self.average is None else {"average": asdict(self.average)}),
+            **({} if self.branch is None else {"branch": asdict(self.branch)}),
         }
 
 
@@ -212,6 +215,7 @@ def _read_description(folder: Path) -> ModelDescription:
             val_loss=checked("val_loss", fields["val_loss"], float | None),
             on_examples=bool(fields.get("on_examples", False)),  # missing in earlier versions
             average=Average.of_field(fields.get("average")),
+            branch=Branching.of_field(fields.get("branch")),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise _no_description(path, error) from None

@@ -15,8 +15,10 @@ from data_pipeline.shards.manifest import TOKENIZER_NAME
 from megaback.checkpoints.checkpoint import CheckpointMeta, config_of, find_checkpoint, saved_state
 from megaback.checkpoints.safetensors_file import Spec
 from megaback.checkpoints.saved_runs import WEIGHT
+from megaback.config import Config
 from megaback.model.gpt import ReverseGPT
 from megaback.run_folder import MODEL_CONFIG_NAME
+from megaback.weights.identity import Branching, WeightsIdentity
 from megaback.weights.model_folder import (
     ModelDescription,
     open_weights,
@@ -71,6 +73,7 @@ def open_checkpoint(path: Path, part: int = 0, parts: int = 1) -> WeightSource:
         step=meta.step,
         val_loss=meta.val_loss,
         on_examples=meta.on_examples,
+        branch=_branching_of(meta, config),
     )
     saved = saved_state(target, meta, only_weights=True)
     shapes = shapes_of(description.shape, description.vocab_size)
@@ -87,6 +90,17 @@ def open_checkpoint(path: Path, part: int = 0, parts: int = 1) -> WeightSource:
         return weight
 
     return WeightSource(description, _tokenizer_of(target, meta), shapes, read)
+
+
+def _branching_of(meta: CheckpointMeta, config: Config) -> Branching | None:
+    point = meta.branch
+    if point is None:
+        return None
+    trunk = WeightsIdentity(
+        path=point.checkpoint, step=point.trunk_step, sha256=point.sha256, data=point.data
+    )
+    data = config.data.with_fingerprint(meta.data_fingerprint)
+    return Branching(trunk=trunk, kept=point.kept, data=data)
 
 
 def _tokenizer_of(target: Path, meta: CheckpointMeta) -> bytes:
@@ -107,8 +121,8 @@ def _from_folder(folder: Path, part: int, parts: int) -> WeightSource:
     stored = open_weights(folder, description, part=part, parts=parts)
     stored.report_changed()
     if stored.changed:
-        # Both are of other weights.
-        description = replace(description, val_loss=None, average=None)
+        # All are of other weights.
+        description = replace(description, val_loss=None, average=None, branch=None)
     shapes = shapes_of(description.shape, description.vocab_size)
     tokenizer = read_tokenizer(tokenizer_of(folder))
     return WeightSource(description, tokenizer, shapes, stored.read)

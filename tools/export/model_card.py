@@ -2,6 +2,7 @@
 
 from data_pipeline.common.control_characters import on_one_line
 from data_pipeline.text.codec import Direction, TextCodec, TextFormat
+from megaback.weights.identity import WeightsIdentity
 from megaback.weights.model_folder import ModelDescription
 
 COMMIT = "COMMIT"
@@ -46,12 +47,29 @@ def average_of(description: ModelDescription) -> str:
             f"Val loss: {description.val_loss:.4f} nats per token, and {average.last_val_loss:.4f} "
             "of the last one alone.\n\n"
         )
-    rows = "".join(
-        f"- `{on_one_line(source.path).replace('`', '')}`, step {source.step}, "
-        f"SHA-256 `{source.sha256}`\n"
-        for source in average.sources
-    )
+    rows = "".join(f"- {_shown(source)}\n" for source in average.sources)
     return f"The weights are the mean of those of:\n{rows}\n{losses}"
+
+
+def branch_of(description: ModelDescription) -> str:
+    """Paragraph of a card on the trunk of a branch; empty for other weights."""
+    branch = description.branch
+    if branch is None:
+        return ""
+    what = "The last of these is" if description.average is not None else "The weights are"
+    return (
+        f"{what} of a branch. It continues:\n- {_shown(branch.trunk)}\n\n"
+        f"of which it kept {', '.join(branch.kept)}, on the data {_quoted(branch.data)}.\n\n"
+    )
+
+
+def _shown(weights: WeightsIdentity) -> str:
+    data = "" if weights.data is None else f", data {_quoted(weights.data)}"
+    return f"{_quoted(weights.path)}, step {weights.step}, SHA-256 `{weights.sha256}`{data}"
+
+
+def _quoted(text: str) -> str:
+    return f"`{on_one_line(text).replace('`', '')}`"
 
 
 def model_card(description: ModelDescription, codec: TextCodec, name: str) -> str:
@@ -106,7 +124,7 @@ If it was fine-tuned on instructions,
 writes the {written_part}, and `tokenizer.written` of the ids is its text.
 
 {_BACKWARD_USES if is_backward else _FORWARD_USES}
-{both_directions(text_format, "hf")}{average_of(description)}\
+{both_directions(text_format, "hf")}{average_of(description)}{branch_of(description)}\
 Direction: {text_format.direction.value}. Unit: {text_format.unit.value}. Context:
 {description.context_tokens} tokens. Vocabulary: {description.vocab_size}. Trained for
 {description.step} steps{val_loss}. Tokenizer's SHA-256: `{text_format.tokenizer_sha256}`.

@@ -16,7 +16,7 @@ from tests.helpers.run_config import run_config
 
 def identity(description: Path, step: int) -> dict[str, object]:
     digest = hashlib.sha256(description.read_bytes()).hexdigest()
-    return {"path": str(description.parent), "step": step, "sha256": digest}
+    return {"path": str(description.parent), "step": step, "sha256": digest, "data": None}
 
 
 def test_a_first_start_has_no_ancestors(tmp_path: Path) -> None:
@@ -67,7 +67,12 @@ def test_a_base_may_be_a_converted_model(tmp_path: Path) -> None:
 def test_a_base_without_a_description_is_named_by_its_path(tmp_path: Path) -> None:
     found = lineage(run_config(tmp_path / "run", init_from=tmp_path / "gone"), 0)
 
-    assert found["base"] == {"path": str(tmp_path / "gone"), "step": None, "sha256": None}
+    assert found["base"] == {
+        "path": str(tmp_path / "gone"),
+        "step": None,
+        "sha256": None,
+        "data": None,
+    }
 
 
 @pytest.fixture
