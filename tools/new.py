@@ -121,6 +121,11 @@ def _estimate(made: NewConfig, cluster: Cluster, budget: Budget, mfu: float) -> 
         f"{plan.size.total:,} parameters, {tokens:,.0f} tokens, {flops:.3g} FLOPs, "
         f"{plan.memory.parts.total / 1e9:.1f} of {cluster.device.memory_bytes / 1e9:.1f} GB"
     ]
+    if made.config.zero.offload != "none":
+        lines.append(
+            f"{plan.memory.host_bytes_per_node / 1e9:,.1f} GB of host memory per node, for "
+            "offloaded state and checkpoints that are being written"
+        )
     assumed = _gpu_flops(cluster, mfu)
     rate = budget.sustained_flops or assumed
     if rate is not None:

@@ -100,8 +100,8 @@ def new_config(budget: Budget, data: DataSummary, cluster: Cluster, run_folder: 
     choices = _fitted(choices, facts, cluster)
     if steps < rules.MIN_STEPS:
         raise ConfigError(
-            f"this budget suffices for {steps} steps of {rows * run.context_tokens:,} tokens, and "
-            f"training needs at least {rules.MIN_STEPS}; give a larger one"
+            f"this budget suffices for {run.tokens:,.0f} tokens, and training needs at least "
+            f"{rules.MIN_STEPS} steps of {rows * run.context_tokens:,}; give a larger one"
             + (", or more text" if run.is_capped else "")
         )
     return NewConfig(
@@ -133,7 +133,7 @@ def _rows_and_steps(run: SizedRun, ranks: int) -> tuple[int, int]:
     """Rows per step, a power of two for each rank, and steps."""
     wanted = run.batch_tokens / (run.context_tokens * ranks)
     rows = ranks * 2 ** max(round(math.log2(wanted)), 0)
-    return rows, round(run.tokens / (rows * run.context_tokens))
+    return rows, max(round(run.tokens / (rows * run.context_tokens)), 1)
 
 
 def _data_reason(data: DataSummary) -> str:

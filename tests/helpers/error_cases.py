@@ -42,6 +42,7 @@ TOKENIZER = "tokenizer train --out {out}/tokenizer --source "
 TRAIN = "train {place}/config.yaml run={out}/run "
 OVER = "train {place}/config.yaml "
 RANK = "rank {place}/config.yaml run={out}/run "
+NEW = "new --device-name h100-80gb --out {out}/new.yaml "
 RESUME = "rank {place}/config.yaml run={place}/backward_run training.steps=2 "
 
 CASES = {
@@ -342,6 +343,25 @@ CASES = {
         "convert {place}/backward_model --out {place}/backward_model/hf --to hf",
         OutputExistsError,
         ("{place}/backward_model/hf",),
+    ),
+    "a new config for fewer parameters than any model has": Case(
+        NEW + "--parameters 5", ConfigError, ("--parameters is 5", "the smallest model has")
+    ),
+    "a new config for less than a step": Case(
+        NEW + "--flops 10 --shards {place}/shards", ConfigError, ("this budget suffices for",)
+    ),
+    "a new config of a model that its device cannot hold": Case(
+        "new --device-name cpu --memory-gb 8 --parameters 7B --out {out}/new.yaml",
+        errors.NotEnoughMemoryError,
+        ("does not fit 1 x 1 cpu",),
+    ),
+    "a new config for shards that do not exist": Case(
+        NEW + "--parameters 1M --shards {place}/none", ShardsMissingError, ("{place}/none",)
+    ),
+    "a new config over the config of the user": Case(
+        "new --parameters 1M --device-name h100-80gb --out {place}/config.yaml --overwrite",
+        OutputExistsError,
+        ("--out {place}/config.yaml",),
     ),
     "a device that does not exist": Case(
         "sample {place}/backward_model --ending end --device gpu0", errors.BackendError, ("gpu0",)

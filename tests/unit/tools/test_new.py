@@ -1,5 +1,6 @@
 """`megaback new`: the file, what is printed, and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,15 @@ def test_the_time_of_a_gpu_is_by_its_mfu() -> None:
     assert "which assumes an MFU of 40%" in Path("0.4.yaml").read_text()
 
 
+def test_offload_is_written_with_the_host_memory_that_it_needs() -> None:
+    words = ["--parameters", "70B", "--device-name", "h100-80gb", "--devices-per-node", "1"]
+
+    result = new(*words)
+
+    assert load_config(Path("run.yaml")).zero.offload == "parameters"
+    assert re.search(r"[12],\d{3}\.\d GB of host memory per node", result.output)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -75,6 +85,7 @@ def test_the_time_of_a_gpu_is_by_its_mfu() -> None:
         (["--parameters", "5"], "the smallest model has"),
         (["--minutes", "0.2"], "20 s to start"),
         (["--flops", "1e8"], "suffices for"),
+        (["--flops", "1"], "suffices for 1 tokens, and training needs at least"),
         (["--parameters", "7B", "--memory-gb", "8"], "does not fit"),
         (["--parameters", "7B", "--memory-gb", "8", "--minutes", "9"], "does not fit"),
         (["--parameters", "1M", "--device-name", "h10"], "did you mean h100"),
