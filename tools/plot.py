@@ -87,7 +87,7 @@ def page_of(
     """A self-contained HTML page. `samples`: run, step, given and whole text of each."""
     title = escape(", ".join(one.name for one in curves))
     rows = [_row(one, COLORS[number % len(COLORS)]) for number, one in enumerate(curves)]
-    heads = ("run", "steps", "loss", "val loss", "lowest val loss", "tokens/s", "starts")
+    heads = ("run", "step", "loss", "val loss", "lowest val loss", "tokens/s", "starts")
     parts = [
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">{_MARK}<title>{title}</title>',
         f"<style>{_STYLE}</style></head><body>{svg}",
@@ -137,7 +137,7 @@ def _row(run: RunCurves, color: str) -> list[str]:
     last = losses_of_steps[-max(1, len(losses_of_steps) // _SMOOTHED_SHARE) :]
     return [
         f'<i style="background:{color}"></i>{escape(run.name)}',
-        f"{run.num_steps:,}",
+        f"{run.step:,}",
         f"{last.mean():.4f}" if len(last) else "–",
         f"{losses[-1]:.4f}" if len(losses) else "–",
         f"{losses.min():.4f}" if len(losses) else "–",

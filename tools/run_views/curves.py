@@ -15,6 +15,7 @@ from data_pipeline.errors import CheckpointCorruptError
 from data_pipeline.text.codec import Direction
 from megaback.faults.exit_record import read_history
 from megaback.faults.run_ownership import config_of_run
+from megaback.planning.config_text import scalar
 from megaback.run_folder import METRICS_NAME
 from megaback.shown_config import flat_fields
 from megaback.yaml_text import read_yaml_file
@@ -83,6 +84,9 @@ class RunCurves:
 
     name: str
     num_steps: int
+    """Number of steps in its metrics; of a branch, since it left its trunk."""
+    step: int
+    """Last step, as the run counts them."""
     loss: Curve
     """Nats per token, of steps that were not skipped."""
     val_loss: Curve
@@ -162,6 +166,7 @@ def _curves(
     return RunCurves(
         name=name,
         num_steps=len(own_steps),
+        step=own_steps[-1]["step"] - of_run.offset if own_steps else 0,
         loss=curve("loss", [line for line in steps if "skipped" not in line]),
         val_loss=curve("val_loss", validations),
         val_loss_by_direction={
@@ -224,13 +229,15 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 
 
 def differences(runs: Sequence[Path]) -> list[tuple[str, list[str]]]:
-    """Keys of the configs that differ between runs, with the value of each run."""
-    configs = [flat_fields(_config(run)) for run in runs]
+    """Keys of the configs that differ between runs, with the value of each run as YAML."""
+    configs = [
+        {key: scalar(value) for key, value in flat_fields(_config(run)).items()} for run in runs
+    ]
     keys = dict.fromkeys(key for config in configs for key in config)
     return [
         (key, values)
         for key in keys
-        if key != "run" and len({*(values := [str(config.get(key, "")) for config in configs])}) > 1
+        if key != "run" and len({*(values := [config.get(key, "") for config in configs])}) > 1
     ]
 
 

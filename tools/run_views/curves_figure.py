@@ -20,6 +20,7 @@ _MAX_RESTARTS = 1000
 _COLUMNS = 12
 """Columns of the grid, which rows of one to four panels divide."""
 _HEIGHT, _SUITE_HEIGHT = 3.6, 2.7
+_LEGEND_COLUMNS = 4
 _MARKERS = {"backward": "<", "forward": ">"}
 """Markers of the val loss of each direction of a model of both."""
 _STYLES = ("-", "--", ":", "-.")
@@ -188,8 +189,14 @@ def _draw_legend(figure: "Figure", axes: "Axes", runs: Sequence[RunCurves]) -> N
     if any(suite.chance is not None for run in runs for suite in run.suites.values()):
         handles.append(Line2D([], [], **CHANCE_STYLE))  # type: ignore[arg-type]
         labels.append("chance")
+    columns = min(len(labels), _LEGEND_COLUMNS)
+    by_row = [number for first in range(columns) for number in range(first, len(labels), columns)]
     figure.legend(
-        handles, labels, loc="outside upper left", ncols=min(len(labels), 4), frameon=False
+        [handles[number] for number in by_row],
+        [labels[number] for number in by_row],
+        loc="outside upper left",
+        ncols=columns,  # matplotlib fills columns first
+        frameon=False,
     )
 
 

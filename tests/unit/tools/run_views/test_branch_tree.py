@@ -31,6 +31,7 @@ def test_a_branch_continues_the_steps_tokens_and_time_of_its_trunk(trunk: Path) 
     by_step = [read_curves(run, "step", "") for run in (branch, other)]
     assert [curves.begins for curves in by_step] == [20, 25]
     assert [curves.num_steps for curves in by_step] == [5, 4]
+    assert [curves.step for curves in by_step] == [25, 4]
     assert by_step[0].loss.since(20.5).places.tolist() == [21, 22, 23, 24, 25]
     assert by_step[1].loss.since(25.5).places.tolist() == [26, 27, 28, 29]
     assert by_step[1].val_loss.places.tolist() == [29]

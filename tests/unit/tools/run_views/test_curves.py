@@ -56,6 +56,18 @@ def test_directions_of_a_model_of_both_are_curves_and_a_legend(run_of: Steps) ->
     assert "val loss, forward" in [text.get_text() for text in legend.get_texts()]
 
 
+def test_the_legend_is_read_by_rows(run_of: Steps) -> None:
+    run = run_of("a", 20)
+    names = list("abcde")
+    runs = [read_curves(run, "step", name) for name in names]
+
+    (legend,) = curves_figure(runs, Style("step", 1, is_logarithmic=False)).legends
+
+    columns = np.array_split([text.get_text() for text in legend.get_texts()], 4)
+    rows = [column[row] for row in (0, 1) for column in columns if row < len(column)]
+    assert rows[:5] == names
+
+
 def test_suites_have_their_intervals_and_chance(run_of: Steps) -> None:
     run = run_of("a", 20)
     single = suite_metric(0.5) | {"low": None, "high": None}
@@ -96,9 +108,9 @@ def test_names_are_the_shortest_suffixes_that_differ(tmp_path: Path) -> None:
 
 
 def test_differences_between_configs_are_found(tmp_path: Path) -> None:
-    for name, rate in (("a", 1), ("b", 2)):
+    for name, rate in (("a", 1), ("b", "null")):
         (tmp_path / name).mkdir()
         text = f"run: {name}\nmodel: {{width: 32}}\noptimizer: {{learning_rate: {rate}}}\n"
         (tmp_path / name / "config.yaml").write_text(text)
     found = differences([tmp_path / "a", tmp_path / "b"])
-    assert found == [("optimizer.learning_rate", ["1", "2"])]
+    assert found == [("optimizer.learning_rate", ["1", "null"])]
