@@ -1,7 +1,10 @@
 """Horizons of one run: each branch is bit for bit the run that was planned for it alone."""
 
+import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +14,8 @@ import launcher.train
 from launcher.train import train_with_branches
 from megaback.branches import branches_of, recorded_branch_point
 from megaback.checkpoints.checkpoint import find_checkpoint
-from megaback.run_folder import EXIT_NAME, complete_checkpoints, step_name, step_of
-from tests.helpers.tiny_run import curve_of, val_losses_of
+from megaback.run_folder import EXIT_NAME, complete_checkpoints, step_of
+from tests.helpers.tiny_run import curve_of, training_environment, val_losses_of, wait_for_step
 from tests.helpers.warm_ranks import WarmRanks
 
 pytestmark = pytest.mark.slow
@@ -76,16 +79,33 @@ def test_the_trunk_stays_at_the_peak_and_keeps_the_checkpoints_of_its_branches(r
 
 
 def test_the_same_command_resumes_a_branch_that_was_killed(
-    run: Path, run_of: RunOf, train: Callable[..., "subprocess.CompletedProcess[str]"]
+    run: Path,
+    run_of: RunOf,
+    config_path: Path,
+    train: Callable[..., "subprocess.CompletedProcess[str]"],
+    tmp_path: Path,
 ) -> None:
     last = run / "branches" / "1.2288e4"
-    (last / EXIT_NAME).unlink()
-    shutil.rmtree(last / "checkpoints" / step_name(24))
+    shutil.rmtree(last)
+    command = [sys.executable, "-m", "megaback", "train", config_path, f"run={run}"]
+    process = subprocess.Popen(
+        [*command, *SHORT, *HORIZONS],
+        stdout=(tmp_path / "output.txt").open("w"),
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=training_environment(),
+        start_new_session=True,
+    )
+    wait_for_step(process, last, 3 + 2, tmp_path / "output.txt")  # after 3 lines of the trunk
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (last / EXIT_NAME).exists()
+    assert step_of(complete_checkpoints(last)[-1]) < 24
 
     resumed = train(run, *SHORT, *HORIZONS)
 
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.count("it has done its") == 3
-    assert "resuming from step 22" in resumed.stdout
+    assert "resuming from step" in resumed.stdout
     alone = run_of(*SHORT, "training.steps=24")
     assert find_checkpoint(last)[1].files == find_checkpoint(alone)[1].files
