@@ -54,6 +54,10 @@ class SizedRun:
     """Parameters that multiply a token."""
     context_tokens: int
     tokens: float
+    ladder_batch_tokens: float
+    """Tokens per step by OLMo-core's ladder."""
+    batch_tokens: float
+    """Tokens per step by all rules, before rounding to rows."""
     is_capped: bool
     """Whether the data set limits `tokens`."""
     measures_during_training: bool
@@ -62,11 +66,6 @@ class SizedRun:
     @property
     def tokens_per_parameter(self) -> float:
         return self.tokens / self.parameters
-
-    @property
-    def batch_tokens(self) -> float:
-        """Tokens per step by the rule, before rounding to rows."""
-        return rules.batch_tokens(self.tokens)
 
 
 def sized_run(budget: Budget, data: DataSummary) -> SizedRun:
@@ -145,22 +144,28 @@ def _run_of(shape: ModelSection, budget: Budget, data: DataSummary) -> SizedRun:
     parameters = rules.scaling_parameters(shape, data.vocab_size)
     context = _context(parameters, data)
     flops = flops_per_token(shape, data.vocab_size, _attended(data, context))
+    min_batch_tokens = rules.min_batch_tokens(shape, flops)
     measures = data.val_tokens > 0
     if budget.machine_flops is not None:
         validation = data.val_tokens * flops / 3
         measures &= _MEASUREMENTS * validation <= _MAX_VALIDATION_SHARE * budget.machine_flops
         rest = budget.machine_flops - (_MEASUREMENTS if measures else 2) * validation
-        tokens = _affordable_tokens(max(rest, 0.0), flops, rules.muon_flops(shape))
+        update_flops = rules.muon_flops(shape)
+        tokens = _affordable_tokens(max(rest, 0.0), flops, update_flops, min_batch_tokens)
     elif budget.flops is not None:
         tokens = budget.flops / flops
     else:
         tokens = float(rules.TOKENS_PER_PARAMETER * parameters)
     max_tokens = math.inf if data.train_tokens is None else rules.MAX_EPOCHS * data.train_tokens
+    used_tokens = max(min(tokens, max_tokens), 1.0)
+    ladder_batch_tokens = rules.batch_tokens(used_tokens)
     return SizedRun(
         shape=shape,
         parameters=parameters,
         context_tokens=context,
-        tokens=max(min(tokens, max_tokens), 1.0),
+        tokens=used_tokens,
+        ladder_batch_tokens=ladder_batch_tokens,
+        batch_tokens=max(ladder_batch_tokens, min_batch_tokens),
         is_capped=tokens > max_tokens,
         measures_during_training=measures,
     )
@@ -175,9 +180,12 @@ def _attended(data: DataSummary, context_tokens: int) -> float:
     return data.attended_tokens(context_tokens)
 
 
-def _affordable_tokens(flops: float, per_token: float, per_step: float) -> float:
+def _affordable_tokens(
+    flops: float, per_token: float, per_step: float, min_batch_tokens: float
+) -> float:
     """Tokens of a run whose steps also cost `per_step`, with the batch for its length."""
     tokens = flops / per_token
     for _ in range(_FIXED_POINT_ROUNDS):
-        tokens = flops / (per_token + per_step / rules.batch_tokens(max(tokens, 1.0)))
+        batch_tokens = max(rules.batch_tokens(max(tokens, 1.0)), min_batch_tokens)
+        tokens = flops / (per_token + per_step / batch_tokens)
     return tokens

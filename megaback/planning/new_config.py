@@ -173,17 +173,19 @@ def _model_choices(run: SizedRun, data: DataSummary) -> Iterator[Choice]:
 def _batch_choices(run: SizedRun, rows: int, ranks: int) -> Iterator[Choice]:
     context = run.context_tokens
     yield Choice("batch.context_tokens", context, "by the model's size, and the documents' lengths")
-    wanted = run.batch_tokens
-    reason = f"{rows * context:,} tokens; OLMo-core's ladder has {wanted:,.0f} for this length"
+    ladder, wanted = run.ladder_batch_tokens, run.batch_tokens
+    reason = f"{rows * context:,} tokens; OLMo-core's ladder has {ladder:,.0f} for this length"
     if rows == ranks and wanted < rows * context:
         reason += "; one row per rank"
+    elif wanted > ladder:
+        reason += ", with which Muon's update would be over a third of a step"
     yield Choice("batch.global_batch_rows", rows, reason)
     yield Choice("batch.micro_batch_rows", rows)  # until memory is counted
 
 
 def _optimizer_choices(run: SizedRun, rows: int, steps: int) -> Iterator[Choice]:
     step_tokens = rows * run.context_tokens
-    ratio = min(math.sqrt(step_tokens / run.batch_tokens), _MAX_RATE_RATIO)
+    ratio = min(math.sqrt(step_tokens / run.ladder_batch_tokens), _MAX_RATE_RATIO)
     rate = float(f"{rules.learning_rate(run.parameters) * ratio:.2g}")
     warmup = max(min(round(run.parameters / step_tokens), round(rules.MAX_WARMUP_SHARE * steps)), 1)
     yield Choice("optimizer.name", "muon", "better than AdamW here (benchmarks/README.md)")

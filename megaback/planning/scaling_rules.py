@@ -32,6 +32,7 @@ _LADDER_TOKENS = 20 * _LADDER_PARAMETERS
 _LADDER_BATCH_TOKENS = 160 * 2048
 _LADDER_LEARNING_RATE = 0.0047 / 2
 _MAX_TIED_SHARE = 1 / 3
+_MAX_MUON_SHARE = 1 / 3
 _ASPECTS = ((128, 32.0), (768, 64.0), (2048, 128.0))
 """Width and ratio of width to depth: configs/demo.yaml, OLMo-core's 190M and its 1B."""
 _HEADS = ((256, 32), (1536, 64), (1 << 31, 128))
@@ -92,6 +93,11 @@ def batch_tokens(training_tokens: float) -> float:
     arXiv:2410.21676).
     """
     return _LADDER_BATCH_TOKENS * math.pow(training_tokens / _LADDER_TOKENS, 2 / 3)
+
+
+def min_batch_tokens(shape: ModelSection, flops_per_token: float) -> float:
+    """Tokens per step below which Muon's update takes over a third of a step's FLOPs."""
+    return muon_flops(shape) / flops_per_token * (1 - _MAX_MUON_SHARE) / _MAX_MUON_SHARE
 
 
 def learning_rate(parameters: float) -> float:

@@ -43,6 +43,16 @@ def test_time_is_spent_on_steps_and_their_updates() -> None:
     assert larger.tokens > run.tokens
 
 
+def test_a_short_run_of_a_large_model_has_a_batch_that_muons_update_does_not_dominate() -> None:
+    short, long = (
+        sized_run(Budget(parameters=1e7, seconds=seconds, sustained_flops=5e10), NONE_YET)
+        for seconds in (240.0, 24_000.0)
+    )
+
+    assert short.batch_tokens > 2 * short.ladder_batch_tokens
+    assert long.batch_tokens == long.ladder_batch_tokens > short.batch_tokens
+
+
 def test_a_size_with_a_budget_has_the_tokens_of_the_budget() -> None:
     sized = sized_run(Budget(parameters=1e6), NONE_YET)
     both = sized_run(Budget(parameters=1e6, flops=1e12), NONE_YET)

@@ -60,6 +60,14 @@ def test_a_model_that_does_not_fit_is_refused() -> None:
         made_for(Cluster(1, 1, cpu_device(16e9, None)), parameters=7e9)
 
 
+def test_a_batch_above_the_ladders_is_explained() -> None:
+    made = made_for(CPU, parameters=1e7, seconds=240.0, sustained_flops=5e10)
+
+    (reason,) = (one.reason for one in made.choices if one.key == "batch.global_batch_rows")
+    assert made.config.batch.global_batch_rows == 4
+    assert reason.endswith("with which Muon's update would be over a third of a step")
+
+
 def test_a_budget_for_hardly_a_step_is_refused() -> None:
     with pytest.raises(ConfigError, match="suffices for"):
         made_for(CPU, flops=1e9)

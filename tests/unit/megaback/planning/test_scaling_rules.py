@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megaback.config_file import load_config
 from megaback.optim.muon import orthogonalized
 from megaback.planning import scaling_rules as rules
-from megaback.planning.flops import ModelSize
+from megaback.planning.flops import ModelSize, flops_per_token
 from megaback.planning.matrix_shares import matrices_of
 from tests.helpers.paths import ROOT
 
@@ -54,6 +54,15 @@ def test_the_flops_of_muon_are_those_of_its_matrix_products() -> None:
         orthogonalized(matrices)
 
     assert rules.muon_flops(shape) == counter.get_total_flops()
+
+
+def test_the_smallest_batch_leaves_muon_a_third_of_a_step() -> None:
+    shape = rules.shape_of(320, 6, 4096)
+    per_token = flops_per_token(shape, 4096, 256.5)
+
+    update, passes = rules.muon_flops(shape), rules.min_batch_tokens(shape, per_token) * per_token
+
+    assert update / (update + passes) == pytest.approx(1 / 3)
 
 
 def test_batches_grow_and_rates_fall_with_size() -> None:
