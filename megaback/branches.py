@@ -220,6 +220,11 @@ def _checkpoint_meant_by(
             return copy[0].name, partial(_parse, copy[1])
     elif found := checkpoints_meant_by(branch_from):
         return str(found[-1]), partial(_read, found[-1])
+    elif not branch_from.exists():
+        raise CheckpointMissingError(
+            f"branch_from {branch_from} does not exist in {Path.cwd()}; give the path of a run, of "
+            "one of its checkpoints, or of its copies"
+        )
     raise CheckpointMissingError(
         f"branch_from {shown_url(str(branch_from))} holds no complete checkpoint; give a run, or "
         "one of its checkpoints that has not been deleted"

@@ -58,8 +58,8 @@ def branch_of(description: ModelDescription) -> str:
         return ""
     what = "The last of these is" if description.average is not None else "The weights are"
     return (
-        f"{what} of a branch. It continues:\n- {_shown(branch.trunk)}\n\n"
-        f"of which it kept {', '.join(branch.kept)}, on the data {_quoted(branch.data)}.\n\n"
+        f"{what} of a branch. It continues ({', '.join(branch.kept)}) the checkpoint:\n"
+        f"- {_shown(branch.trunk)}\n\nIts own data: {_quoted(branch.data)}.\n\n"
     )
 
 

@@ -168,7 +168,19 @@ def refusal(config: Config) -> MegabackError:
     return refused.value
 
 
+def test_a_path_that_does_not_exist_is_refused_with_the_folder_that_it_is_relative_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    error = refusal(branch_config(tmp_path, Path("runs/trunk")))
+
+    assert isinstance(error, CheckpointMissingError)
+    assert f"branch_from runs/trunk does not exist in {tmp_path}" in str(error)
+
+
 def test_a_trunk_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trunk").mkdir()
     error = refusal(branch_config(tmp_path, tmp_path / "trunk"))
 
     assert isinstance(error, CheckpointMissingError)

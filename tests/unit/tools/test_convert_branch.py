@@ -54,7 +54,7 @@ def test_every_format_names_the_trunk_what_was_kept_and_the_data_of_each_part(
     for fact in (TRUNK.checkpoint, TRUNK.sha256, str(TRUNK.data), "data/books; fingerprint 3333"):
         assert fact in text
     if kind != "full":
-        assert "of which it kept weights, optimizer, on the data `data/books" in text
+        assert "It continues (weights, optimizer) the checkpoint:" in text
     if kind != "gguf":
         branch = read_description(out).branch
         assert branch is not None
@@ -73,4 +73,4 @@ def test_an_average_names_the_data_of_its_parts_and_the_trunk_of_the_last(
     card = (tmp_path / "mean/README.md").read_text()
     assert "data `data/news; fingerprint " in card
     assert "data `data/books; fingerprint 3333`" in card
-    assert "The last of these is of a branch. It continues:" in card
+    assert "The last of these is of a branch. It continues (weights, optimizer)" in card
