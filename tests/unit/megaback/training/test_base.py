@@ -19,7 +19,7 @@ from megaback.copy_location import find_base_copy
 from megaback.distributed.world import CollectiveExit, World
 from megaback.faults.exit_record import read_history
 from megaback.faults.step_guard import read_excluded_steps
-from megaback.run_folder import BASE_FOLDER
+from megaback.run_folder import BASE_FOLDER, complete_checkpoints
 from megaback.tracking.lineage import lineage
 from megaback.weights.base_shape import with_base_shape
 from tests.helpers.training import train
@@ -31,12 +31,15 @@ WEIGHTS = "weights-00000.safetensors"
 
 @pytest.fixture
 def trunk(config_of: Configs, training_world: World) -> Iterator[Config]:
-    """A run of four steps whose checkpoints are only in a remote location."""
-    config = config_of("trunk", checkpoint={"every_steps": 2, "copy_to": PLACE})
+    """A run of four steps whose checkpoints, of steps 2 and 4, are only in a remote location."""
+    config = config_of("trunk")
     train(config, training_world)
+    files = fsspec.filesystem("memory")
+    for checkpoint in complete_checkpoints(config.run):
+        files.put(str(checkpoint), f"/bucket/runs/trunk/{checkpoint.name}", recursive=True)
     shutil.rmtree(config.run)
     yield config
-    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+    files.rm("/bucket", recursive=True)
 
 
 @pytest.fixture
