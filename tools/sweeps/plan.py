@@ -38,8 +38,11 @@ class SweepPlan:
         if out is None:
             run = load_config(config, (*common, *overrides_of(points[0]))).run
             out = run.with_name(f"{run.name}-sweep")
-        runs = runs_of(config, common, points, out)
         record = read_record(out)
+        if record is not None and {*record.keys} == {*keys}:
+            # Names of runs have the order of the first command's keys.
+            points = [{key: point[key] for key in record.keys} for point in points]
+        runs = runs_of(config, common, points, out)
         if record is None:
             return cls(out, runs, Record.of(runs, keys))
         record.require_same(out, config, common, keys)

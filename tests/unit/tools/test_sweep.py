@@ -131,6 +131,16 @@ def test_more_values_are_added_to_a_sweep(sweep: Sweep, train: FakeTrain, out: P
     assert len(record_of(out)["runs"]) == 7
 
 
+def test_the_same_keys_in_another_order_are_the_same_runs(sweep: Sweep, out: Path) -> None:
+    assert sweep(RATES, SEEDS).exit_code == 0
+
+    again = sweep(SEEDS, RATES)
+
+    assert again.exit_code == 0, again.output
+    assert "4 runs: 4 finished." in again.output
+    assert len(record_of(out)["runs"]) == 4
+
+
 def test_a_changed_config_is_refused_by_name(sweep: Sweep, out: Path, tmp_path: Path) -> None:
     sweep(RATES, SEEDS)
     before = (out / "sweep.json").read_bytes()
