@@ -3,7 +3,7 @@
     python benchmarks/choices.py
 
 Prints the table of docs/scale.md: the fastest settings that fit, and the time by part. Batches are
-of 512 rows, so that 512 ranks divide them.
+of 512 rows, so that 512 ranks divide them; of 64 with rows of 131,072 tokens.
 """
 
 from pathlib import Path
@@ -24,6 +24,11 @@ _MODELS = {
     "124M": ("xcoax_100bt", 50_304, ("model.width=768", "model.num_heads=12")),
     "1B": ("reverse_1b", 32_000, ()),
     "7B": ("reverse_7b", 32_000, ()),
+    "7B, 131,072": (
+        "reverse_7b",
+        32_000,
+        ("batch.context_tokens=131072", "batch.global_batch_rows=64"),
+    ),
 }
 """Config, vocabulary and overrides of each model."""
 _COMMON = ("batch.global_batch_rows=512", "training.epochs=null", "training.steps=10000")
@@ -36,6 +41,8 @@ def _settings(best: Candidate, cluster: Cluster) -> str:
     rows, _ = batch_of(config, cluster)
     words = [f"ZeRO {config.zero.stage}", config.training.activation_checkpointing]
     words.append(f"{rows} row{'s' * (rows > 1)}")
+    if config.batch.sequence_parallel > 1:
+        words.append(f"{config.batch.sequence_parallel} ranks per row")
     if config.zero.hierarchical and config.zero.stage:
         words.append("hierarchical")
     if config.zero.offload != "none":

@@ -38,7 +38,7 @@ def show_choice(config: Config, facts: RunFacts, cluster: Cluster, found: Search
     rows = [
         _row(str(place), one, config, facts, cluster) for place, one in enumerate(found.fastest, 1)
     ]
-    if all(one.changes for one in found.fastest):
+    if found.given is not None and all(one.changes for one in found.fastest):
         rows.append(_row("given", found.given, config, facts, cluster))
     for line in table_lines(_TITLES, rows, right=range(1, len(_TITLES) - 1), indent=9):
         click.echo(line)
@@ -116,7 +116,7 @@ def choice_to_json(
 
     return {
         "choices": [fields(one) for one in found.fastest],
-        "given": fields(found.given),
+        "given": None if found.given is None else fields(found.given),
         "num_tried": found.num_tried,
         "num_fitting": found.num_fitting,
         "cluster": asdict(cluster),

@@ -1,8 +1,9 @@
 """Search for the settings with which a run is fastest on a cluster. Loads no torch.
 
 Only settings that change losses by no more than rounding are tried: stage, hierarchy, offload,
-reduction and overlap of ZeRO, activation checkpointing, and the micro-batch. The model, the global
-batch and the precision stay. The order is complete, so that the same inputs give the same choice.
+reduction and overlap of ZeRO, activation checkpointing, the micro-batch, and the number of ranks
+that share rows. The model, the global batch and the precision stay. The order is complete, so that
+the same inputs give the same choice.
 """
 
 import math
@@ -12,6 +13,7 @@ from itertools import product
 
 from data_pipeline.errors import BatchError, ConfigError, NotEnoughMemoryError
 from megaback.config import Config
+from megaback.config_batch import unequal_heads
 from megaback.planning.data_facts import RunFacts
 from megaback.planning.memory import RankMemory, rank_memory
 from megaback.planning.plan import NODES, is_allowed
@@ -26,6 +28,8 @@ _TIE = 1.01
 _OFFLOADS = ("none", "optimizer", "parameters")
 _CHECKPOINTING = ("none", "selective", "block")
 _MAX_NODE_DOUBLINGS = 6
+_MIN_PART_TOKENS = 4_096
+"""Length of the parts of rows below which more ranks do not share them, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Search:
 
     fastest: tuple[Candidate, ...]
     """Fastest candidates that fit, the best first."""
-    given: Candidate
-    """The config as it is, whether it fits or not."""
+    given: Candidate | None
+    """The config as it is, whether it fits or not; None if the ranks do not divide its batch."""
     num_tried: int
     num_fitting: int
 
@@ -67,8 +71,7 @@ def search(config: Config, facts: RunFacts, cluster: Cluster, count: int = 5) ->
     Raises BatchError for a batch that the ranks do not divide, ConfigError for a device without
     known rates, and NotEnoughMemoryError, with what is nearest to fitting, if nothing fits.
     """
-    memory = rank_memory(setting_of(config, facts, cluster))
-    given = Candidate({}, config, memory, _time_of(config, facts, cluster))
+    given = _given(config, facts, cluster)
     fitting: list[Candidate] = []
     num_tried = 0
     for offload in _OFFLOADS:
@@ -80,9 +83,9 @@ def search(config: Config, facts: RunFacts, cluster: Cluster, count: int = 5) ->
                 fitting.append(Candidate(changes, changed, memory, time))
         if fitting:
             break
-    is_new = all(one.changes for one in fitting)
-    if is_new and given.memory.parts.total <= cluster.device.memory_bytes:
-        fitting.append(given)
+    if given is not None and all(one.changes for one in fitting):
+        is_fitting = given.memory.parts.total <= cluster.device.memory_bytes
+        fitting += [given] * is_fitting
     if not fitting:
         raise NotEnoughMemoryError(_nearest(config, facts, cluster))
     fitting.sort(key=_order)
@@ -94,26 +97,29 @@ def variants(config: Config, cluster: Cluster, offload: str) -> Iterator[tuple[S
 
     Settings without effect keep their value. Raises BatchError.
     """
-    usual_rows, _ = batch_of(config, cluster)
-    rank_rows = config.batch.global_batch_rows // config.batch.row_groups(cluster.ranks)
-    sizes = [rows for rows in range(1, rank_rows + 1) if rank_rows % rows == 0]
-    for stage, checkpointing, rows in product(_stages(config, cluster), _CHECKPOINTING, sizes):
-        settings: Settings = {
-            "zero.stage": stage,
-            "zero.offload": offload,
-            "training.activation_checkpointing": checkpointing,
-        }
-        for more in _ways(config, cluster, stage, offload, accumulates=rows < rank_rows):
-            changes = {
-                key: value
-                for key, value in (settings | more).items()
-                if _value(config, key) != value
+    for parts in _parts(config, cluster):
+        divided = with_settings(config, {"batch.sequence_parallel": parts})
+        usual_rows, _ = batch_of(divided, cluster)
+        group_rows = config.batch.global_batch_rows // divided.batch.row_groups(cluster.ranks)
+        sizes = [rows for rows in range(1, group_rows + 1) if group_rows % rows == 0]
+        for stage, checkpointing, rows in product(_stages(config, cluster), _CHECKPOINTING, sizes):
+            settings: Settings = {
+                "zero.stage": stage,
+                "zero.offload": offload,
+                "training.activation_checkpointing": checkpointing,
+                "batch.sequence_parallel": parts,
             }
-            if rows != usual_rows:
-                changes["batch.micro_batch_rows"] = rows
-            changed = with_settings(config, changes)
-            if is_allowed(changed):
-                yield changes, changed
+            for more in _ways(config, cluster, stage, offload, accumulates=rows < group_rows):
+                changes = {
+                    key: value
+                    for key, value in (settings | more).items()
+                    if _value(config, key) != value
+                }
+                if rows != usual_rows:
+                    changes["batch.micro_batch_rows"] = rows
+                changed = with_settings(config, changes)
+                if is_allowed(changed):
+                    yield changes, changed
 
 
 def _ways(
@@ -134,6 +140,30 @@ def _ways(
     known = {key: values for key, values in choices.items() if values}
     for values in product(*known.values()):
         yield dict(zip(known, values, strict=True))
+
+
+def _parts(config: Config, cluster: Cluster) -> list[int]:
+    """Numbers of ranks of a node, or the config's, that can share rows. Raises BatchError."""
+    given, shape = config.batch.sequence_parallel, config.model
+    found = []
+    for parts in sorted({given, *range(1, cluster.devices_per_node + 1)}):
+        divided = with_settings(config, {"batch.sequence_parallel": parts})
+        batch = divided.batch
+        if parts != given and (
+            (parts > 1 and batch.part_tokens < _MIN_PART_TOKENS)
+            or cluster.devices_per_node % parts
+            or batch.context_tokens % parts
+            or unequal_heads(batch, shape.num_heads, shape.kv_heads) is not None
+        ):
+            continue
+        try:
+            batch_of(divided, cluster)
+        except BatchError:
+            continue
+        found.append(parts)
+    if not found:
+        batch_of(config, cluster)  # raises its error
+    return found
 
 
 def with_settings(config: Config, settings: Settings) -> Config:
@@ -172,6 +202,15 @@ def _overlaps(config: Config, stage: int) -> tuple[bool, ...]:
     return (True, False)
 
 
+def _given(config: Config, facts: RunFacts, cluster: Cluster) -> Candidate | None:
+    """The config as a candidate; None if the ranks do not divide its batch."""
+    try:
+        memory = rank_memory(setting_of(config, facts, cluster))
+    except BatchError:
+        return None
+    return Candidate({}, config, memory, _time_of(config, facts, cluster))
+
+
 def _time_of(config: Config, facts: RunFacts, cluster: Cluster) -> StepTime:
     time = time_of(config, facts, cluster)
     if time is None:
@@ -189,6 +228,7 @@ def _order(candidate: Candidate) -> tuple[float, ...]:
     return (
         math.floor(math.log(time_s, _TIE)),
         len(candidate.changes),
+        config.batch.sequence_parallel,
         config.zero.stage,
         config.zero.hierarchical,
         _OFFLOADS.index(config.zero.offload),

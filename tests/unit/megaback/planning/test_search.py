@@ -38,6 +38,7 @@ def effective(config: Config, cluster: Cluster) -> tuple[object, ...]:
     zero, shares = config.zero, cluster.ranks > 1
     return (
         rows,
+        config.batch.sequence_parallel,
         zero.hierarchical and shares,
         config.training.activation_checkpointing,
         zero.stage,
@@ -73,7 +74,7 @@ def test_variants_are_distinct_valid_and_change_no_loss(
     assert len(set(kinds)) == len(kinds)
     assert effective(config, cluster) in kinds
     kept = {
-        "batch": {"micro_batch_rows"},
+        "batch": {"micro_batch_rows", "sequence_parallel"},
         "training": {"activation_checkpointing"},
     }
     for changes, changed in found:
@@ -110,6 +111,7 @@ def test_the_choice_fits_is_not_slower_than_the_config_and_chooses_itself(
     plan = plan_run(best.config, FACTS, cluster)
     assert plan.parts == best.time
     assert plan.memory == best.memory
+    assert found.given is not None
     if fits(config, FACTS, cluster):
         assert best.time.total_s <= found.given.time.total_s
     assert found == search(config, FACTS, cluster)
@@ -131,6 +133,29 @@ def test_offload_is_chosen_only_where_nothing_else_fits() -> None:
     assert {one.config.zero.offload for one in eight} == {"none"}
     given_offload = with_settings(config, {"zero.offload": "optimizer"})
     assert search(given_offload, FACTS, cluster_of(1)).fastest[0].changes["zero.offload"] == "none"
+
+
+def test_ranks_share_rows_that_are_long_and_fit_in_no_other_way() -> None:
+    long = ("batch.context_tokens=131072", "batch.global_batch_rows=64")
+    config, cluster = config_of("reverse_7b", *long), cluster_of(8)
+
+    best = search(config, FACTS, cluster).fastest[0]
+
+    assert 8 % best.changes["batch.sequence_parallel"] == 0  # type: ignore[operator]
+    assert not fits(with_settings(best.config, {"batch.sequence_parallel": 1}), FACTS, cluster)
+    short = {
+        one.batch.sequence_parallel for _, one in variants(config_of("reverse_7b"), cluster, "none")
+    }
+    assert short == {1}
+
+
+def test_ranks_that_do_not_divide_a_batch_of_long_rows_may_share_them() -> None:
+    config = config_of("reverse_7b", "batch.context_tokens=131072", "batch.global_batch_rows=16")
+
+    found = search(config, FACTS, cluster_of(8))
+
+    assert found.given is None
+    assert {one.changes["batch.sequence_parallel"] for one in found.fastest} <= {4, 8}
 
 
 def test_sharding_by_node_is_tried_on_several_nodes_without_offload() -> None:
