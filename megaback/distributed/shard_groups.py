@@ -85,8 +85,8 @@ def _require_equal(nodes: Sequence[tuple[str, int]]) -> None:
         if len(names) < size or len(set(names)) > 1:
             raise LaunchError(
                 f"zero.hierarchical needs the {size} ranks of each node to be consecutive, and "
-                f"ranks from {first} on are on {', '.join(names)}; start them node by node (srun "
-                "--distribution=block), or set zero.hierarchical=false"
+                f"ranks from {first} on are on {', '.join(names)}; start them node by node "
+                "(`srun --distribution=block`), or set zero.hierarchical=false"
             )
 
 
