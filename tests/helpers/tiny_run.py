@@ -57,7 +57,8 @@ def training_environment() -> dict[str, str]:
     """The environment without variables of another run's rank; one thread per rank."""
     foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_", "SLURM_", "WANDB_")
     ours = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    return {**ours, "OMP_NUM_THREADS": "1"}
+    # Inductor would start a pool of processes that import torch, for a few small kernels.
+    return {**ours, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
