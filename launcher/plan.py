@@ -145,26 +145,26 @@ def _show(
             "checkpoints that are being written and offloaded state; "
             f"{_gigabytes(plan.memory.host_bytes_at_start_per_node)} at the start, for whole models"
         )
-    links = (
-        (plan.traffic.between_nodes.total, cluster.nodes),
-        (plan.traffic.node.total if plan.traffic.node else 0.0, 1),
+    place = cluster.nodes, cluster.devices_per_node
+    between = plan.traffic.between_nodes.total, plan.traffic.rate_between(device, *place)
+    links = [("between nodes" if cluster.nodes > 1 else "within the node", *between)]
+    if plan.traffic.node is not None:
+        rate = ring_rate(device, 1, cluster.devices_per_node)
+        links.append(("within the node", plan.traffic.node.total, rate))
+    used = ", and ".join(
+        f"{_gigabytes(num_bytes)} GB {link}, in rings at {rate / _GB:.0f} GB/s"
+        for link, num_bytes, rate in links
     )
-    used = [
-        f"{_gigabytes(num_bytes)} GB {'between nodes' if nodes > 1 else 'within the node'}, in "
-        f"rings at {ring_rate(device, nodes, cluster.devices_per_node) / _GB:.0f} GB/s"
-        for num_bytes, nodes in links
-        if num_bytes
-    ]
     exchange, divided = plan.traffic.sequence, ""
     if exchange.sent_bytes:
-        place = "within the node" if exchange.is_within_node else "between nodes"
+        where = "within the node" if exchange.is_within_node else "between nodes"
         divided = f", parts of rows {_gigabytes(exchange.sent_bytes)}"
-        used.append(f"{_gigabytes(exchange.sent_bytes)} GB of activations {place}")
+        used += f", and {_gigabytes(exchange.sent_bytes)} GB of activations {where}"
     echo(
         f"network  {_gigabytes(plan.traffic.total)} GB per step from each rank (gradients "
         f"{_gigabytes(plan.traffic.gradient_bytes)}, weights "
         f"{_gigabytes(plan.traffic.weight_bytes)}, Muon {_gigabytes(plan.traffic.optimizer_bytes)}"
-        f"{divided}): {', and '.join(used) or 'nothing'}; {plan.traffic_s:.2f} s"
+        f"{divided}): {used}; {plan.traffic_s:.2f} s"
     )
     kept = plan.checkpoints_kept
     shards = "" if facts.shard_bytes is None else f"; shards {_gigabytes(facts.shard_bytes)} GB"

@@ -44,7 +44,9 @@ def start_engine(
     named = model.named_parameters()
     optimizer = build_optimizer(named, config.model, config.optimizer, matrix_dtype)
     fields = deepspeed_config(config, micro_batch_rows, accumulation_steps, model.num_parameters())
-    stage, nodes = config.zero.stage, node_group() if config.zero.hierarchical else whole_group()
+    stage, nodes = config.zero.stage, whole_group()
+    if config.zero.hierarchical:
+        nodes = node_group(config.hardware.collective_timeout_s)
     if stage == 3 and nodes.num_replicas > 1:
         fields["zero_optimization"]["zero_hpz_partition_size"] = nodes.size
     with zero_at_every_stage(), sharding_within(nodes, stage):

@@ -9,6 +9,7 @@ docs/decisions/0075-hierarchical-zero.md.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -44,16 +45,20 @@ def whole_group() -> ShardGroup:
     return ShardGroup(dist.get_rank(), dist.get_world_size())
 
 
-def node_group() -> ShardGroup:
-    """The shard group of this rank's node. Collective. Raises LaunchError."""
+def node_group(timeout_s: float) -> ShardGroup:
+    """The shard group of this rank's node. Collective. Raises LaunchError.
+
+    `timeout_s`: that of its collectives.
+    """
     rank, world_size, size = dist.get_rank(), dist.get_world_size(), ranks_per_node()
     if size == world_size:
         return whole_group()
     nodes = [list(range(first, first + size)) for first in range(0, world_size, size)]
+    timeout = timedelta(seconds=timeout_s)
     # All ranks create all groups, in the same order.
-    groups = [dist.new_group(ranks, group_desc="ranks of a node") for ranks in nodes]
+    groups = [dist.new_group(ranks, timeout, group_desc="ranks of a node") for ranks in nodes]
     places = [
-        dist.new_group([ranks[place] for ranks in nodes], group_desc="replicas of a slice")
+        dist.new_group([ranks[place] for ranks in nodes], timeout, group_desc="slice of a replica")
         for place in range(size)
     ]
     node, place = divmod(rank, size)

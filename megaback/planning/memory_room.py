@@ -43,7 +43,8 @@ def require_memory(config: Config, vocab_size: int, rooms: Sequence[AvailableMem
         room.memory_bytes / (ranks_on[room.host] if room.device == CPU else 1) for room in rooms
     ]
     there, tightest = min(zip(shares, rooms, strict=True), key=lambda pair: pair[0])
-    facts, cluster = _known(vocab_size, len(rooms), tightest.device, there)
+    nodes = len(ranks_on) if len(rooms) % len(ranks_on) == 0 else 1
+    facts, cluster = _known(vocab_size, len(rooms), nodes, tightest.device, there)
     memory = memory_of(config, facts, cluster)
     is_compiled = config.training.may_compile_on(cluster.device.is_cpu)
     needed = certain_bytes(memory.parts, is_compiled)
@@ -57,13 +58,15 @@ def require_memory(config: Config, vocab_size: int, rooms: Sequence[AvailableMem
     )
 
 
-def planned_memory(config: Config, vocab_size: int, ranks: int, device: str) -> RankMemory:
+def planned_memory(
+    config: Config, vocab_size: int, ranks: int, device: str, nodes: int = 1
+) -> RankMemory:
     """Memory of a rank by the plan of a run on devices of this name. Raises BatchError."""
-    return memory_of(config, *_known(vocab_size, ranks, device, 0.0))
+    return memory_of(config, *_known(vocab_size, ranks, nodes, device, 0.0))
 
 
 def _known(
-    vocab_size: int, ranks: int, device_name: str, memory_bytes: float
+    vocab_size: int, ranks: int, nodes: int, device_name: str, memory_bytes: float
 ) -> tuple[RunFacts, Cluster]:
     """Facts and cluster of a plan that is for memory only."""
     device = Device(
@@ -77,7 +80,7 @@ def _known(
     facts = RunFacts(
         vocab_size=vocab_size, attended_tokens=0.0, total_tokens=None, shard_bytes=None, notes=()
     )
-    return facts, Cluster(1, ranks, device)
+    return facts, Cluster(nodes, ranks // nodes, device)
 
 
 def certain_bytes(parts: Parts, is_compiled: bool) -> float:

@@ -59,20 +59,29 @@ class Traffic:
             "all-reduce" if self.node.gradient_bytes else self.reduction,
         )
 
+    def rate_between(self, device: Device, nodes: int, devices_per_node: int) -> float:
+        """Bytes per second that a rank sends in rings between nodes."""
+        if self.has_replicas:  # each ring has one rank of a node, with the rank's own card
+            return exchange_rate(device, nodes)
+        return ring_rate(device, nodes, devices_per_node)
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether nodes have all gradients, which they average over each other."""
+        return self.node is not None and self.node.gradient_bytes > 0
+
     def durations(self, device: Device, nodes: int, devices_per_node: int) -> "TrafficTime":
         """Durations of sending all of it, without latency and overlap."""
-        ring = ring_rate(device, nodes, devices_per_node)
         inner, between = self.node or Traffic(0.0, 0.0, 0.0, self.reduction), self.between_nodes
-        has_replicas = inner.gradient_bytes > 0
-        link, card = ring_rate(device, 1, devices_per_node), exchange_rate(device, nodes)
+        link = ring_rate(device, 1, devices_per_node)
+        ring = self.rate_between(device, nodes, devices_per_node)
+        gradients = between.gradient_bytes / ring
         return TrafficTime(
-            gradients_s=inner.gradient_bytes / link
-            if has_replicas
-            else between.gradient_bytes / ring,
-            # Each has a ring of its own, of one rank per node.
-            replicas_s=between.gradient_bytes / card if has_replicas else 0.0,
+            gradients_s=inner.gradient_bytes / link if self.has_replicas else gradients,
+            replicas_s=gradients if self.has_replicas else 0.0,
             weights_s=inner.weight_bytes / link + between.weight_bytes / ring,
-            exchange_s=inner.optimizer_bytes / link + between.optimizer_bytes / card,
+            exchange_s=inner.optimizer_bytes / link
+            + between.optimizer_bytes / exchange_rate(device, nodes),
             sequence_s=self.sequence.sent_bytes
             / exchange_rate(device, 1 if self.sequence.is_within_node else nodes),
         )

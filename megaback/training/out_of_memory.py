@@ -8,6 +8,7 @@ from data_pipeline.shards.data_set import DataSet
 from megaback.config import Config
 from megaback.config_batch import split_batch
 from megaback.distributed.device_limits import available_memory
+from megaback.distributed.rendezvous import ranks_per_node
 from megaback.distributed.world import World
 from megaback.planning.memory_room import planned_memory
 
@@ -25,6 +26,8 @@ def device_memory_error(
     if kept != "block":
         more = "selective or block" if kept == "none" else "block"
         less.append(f"set training.activation_checkpointing to {more}")
+    if config.zero.hierarchical:
+        less.append("set zero.hierarchical to false")
     less.append("raise zero.stage" if config.zero.stage < 3 else "use more ranks or zero.offload")
     return DeviceMemoryError(
         f"rank {world.rank} on {room.host} is out of memory: {failed} on {room.device}, which has "
@@ -48,7 +51,8 @@ def _named(config: Config, written: Sequence[Path]) -> str:
 def _planned(config: Config, world: World, device: str) -> str:
     try:
         vocab_size = DataSet.open(config.data.shards[0].path).manifest.vocab_size
-        memory = planned_memory(config, vocab_size, world.size, device)
+        nodes = world.size // ranks_per_node() if config.zero.hierarchical else 1
+        memory = planned_memory(config, vocab_size, world.size, device, nodes)
     except (MegabackError, OSError):  # the error itself matters more
         return ""
     return (

@@ -83,6 +83,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Runs:
     """All runs, in one process after another, which imports torch and DeepSpeed once."""
     folder = tmp_path_factory.mktemp("hierarchy")
     fields = tiny_config(tiny_shards)
+    # Stage 3 does not shard parameters below 100,000 elements.
+    fields["model"]["mlp_width"] = 4096
     fields["batch"]["micro_batch_rows"] = 1  # two micro-batches per step and rank
     fields["optimizer"] |= {"warmup_steps": 2, "final_learning_rate_ratio": 1.0}
     fields["training"]["steps"] = STEPS

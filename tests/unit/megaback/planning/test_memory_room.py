@@ -137,3 +137,13 @@ def test_limits_of_containers_and_jobs_are_found(
 def test_a_machine_without_control_groups_has_no_limits(tmp_path: Path) -> None:
     assert cgroup_limits(tmp_path / "absent", tmp_path) == []
     assert 0 < host_memory_bytes() <= psutil.virtual_memory().total
+
+
+def test_a_node_holds_all_state_of_hierarchical_sharding(tmp_path: Path) -> None:
+    flat = config_of(tmp_path)
+    by_node = config_of(tmp_path, zero={"stage": 1, "hierarchical": True})
+    there = 1.07 * needed(flat, "cpu", 8) * 4 / 1e9  # the memory of a host is shared by its ranks
+
+    require_memory(flat, VOCAB_SIZE, rooms("cpu", there, (4, 4)))
+    with pytest.raises(NotEnoughMemoryError, match=r"fits is zero\.hierarchical=false"):
+        require_memory(by_node, VOCAB_SIZE, rooms("cpu", there, (4, 4)))
