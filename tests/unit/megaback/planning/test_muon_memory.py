@@ -52,8 +52,10 @@ def test_a_rank_of_many_allocates_what_is_counted(
     partition = -(-sum(lengths) // ranks)
     slices = slices_of_flat(starts, lengths, partition, ranks)
     shards = MatrixShards(MATRICES, slices, rank, torch.device("cpu"))
-    group = RehearsalGroup(rank, ranks, CollectiveLog(), is_control=False)
-    monkeypatch.setattr(torch.distributed, "all_to_all_single", group.all_to_all_single)
+    collective = RehearsalGroup(rank, ranks, CollectiveLog()).all_to_all_single
+    monkeypatch.setattr(
+        torch.distributed, "all_to_all_single", lambda *arguments, **_: collective(*arguments)
+    )
     flat = torch.randn(partition)
     share = matrix_share(SHAPE, ranks, 1, rank)
     found = peak_bytes(lambda: shards.apply(orthogonalized, flat, DTYPES[size]))
