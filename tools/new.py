@@ -39,6 +39,7 @@ from megaback.planning.host_memory import host_memory_bytes
 from megaback.planning.new_config import NewConfig, new_config
 from megaback.planning.plan import DEFAULT_MFU, plan_run
 from megaback.planning.run_settings import Cluster
+from megaback.planning.scaling_rules import muon_flops
 
 _MARK = "# Written by `megaback new"
 _GPUS_PER_NODE = 8
@@ -129,6 +130,9 @@ def _estimate(made: NewConfig, cluster: Cluster, budget: Budget, mfu: float) -> 
     assumed = _gpu_flops(cluster, mfu)
     rate = budget.sustained_flops or assumed
     if rate is not None:
+        config = made.config
+        if config.optimizer.name == "muon" and config.training.steps is not None:
+            flops += config.training.steps * muon_flops(config.model)
         minutes = flops / rate / 60
         shown = f"{minutes:,.1f} minutes" if minutes < 120 else f"{minutes / 60:,.1f} hours"
         source = f", which assumes an MFU of {mfu:.0%}" if rate == assumed else ""

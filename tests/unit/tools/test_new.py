@@ -41,6 +41,16 @@ def test_a_config_is_written_with_reasons_and_planned(finished: Path) -> None:
     assert Path("again.yaml").read_text() == text.replace("runs/run", "runs/again")
 
 
+def test_estimated_minutes_include_the_updates_of_muon() -> None:
+    words = ["--parameters", "10M", "--minutes", "5", "--device-flops", "1e11"]
+
+    result = new(*words, "--device-name", "cpu", "--vocab-size", "4096")
+
+    shown = re.search(r"estimate  ([\d.]+) minutes of training steps", result.output)
+    assert shown is not None, result.output
+    assert 4.5 < float(shown[1]) < 5
+
+
 def test_an_own_file_is_replaced_on_request_and_others_never() -> None:
     assert new("--parameters", "1M").exit_code == 0
     assert new("--parameters", "2M").exit_code == 44
