@@ -14,6 +14,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megaback.config_file import load_config
 from megaback.faults.exit_record import read_history
 from megaback.tracking.code_version import code_version
 from megaback.tracking.metrics import read_metrics
@@ -167,12 +168,14 @@ def test_wandb_has_the_checkpoint_each_segment_started_from(killed: Killed) -> N
     lineages = [run["config"]["update"]["lineage"] for (run,) in killed.of_kind("run")]
     starts = [line["step"] for line in read_history(killed.run) if line["event"] == "start"]
     meta = killed.run / "checkpoints" / f"step-{starts[2]:08d}" / "meta.json"
+    config = load_config(killed.run / "config.yaml")
 
     assert lineages[0]["checkpoint"] is None
     assert lineages[2]["checkpoint"] == {
         "path": str(meta.parent),
         "step": starts[2],
         "sha256": hashlib.sha256(meta.read_bytes()).hexdigest(),
+        "data": config.data.with_fingerprint(json.loads(meta.read_text())["data_fingerprint"]),
     }
     assert [lineage["restarts"] for lineage in lineages] == [0, 1, 2]
     assert [start["step"] for start in lineages[2]["starts"]] == starts

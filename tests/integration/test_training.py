@@ -331,5 +331,5 @@ def test_a_run_keeps_its_resolved_config(run_of: RunOf, tiny_shards: Path) -> No
     fields = yaml.safe_load((run / "config.yaml").read_text())
 
     assert fields["zero"]["stage"] == 3
-    assert fields["batch"] == tiny_config(tiny_shards)["batch"]
+    assert fields["batch"] == {**tiny_config(tiny_shards)["batch"], "sequence_parallel": 1}
     assert fields["run"] == str(run)
