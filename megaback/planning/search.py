@@ -88,7 +88,8 @@ def search(config: Config, facts: RunFacts, cluster: Cluster, count: int = 5) ->
         fitting += [given] * is_fitting
     if not fitting:
         raise NotEnoughMemoryError(_nearest(config, facts, cluster))
-    fitting.sort(key=_order)
+    fastest_s = min(one.time.total_s for one in fitting)
+    fitting.sort(key=lambda one: _order(one, fastest_s))
     return Search(tuple(fitting[:count]), given, num_tried, len(fitting))
 
 
@@ -221,12 +222,15 @@ def _time_of(config: Config, facts: RunFacts, cluster: Cluster) -> StepTime:
     return time
 
 
-def _order(candidate: Candidate) -> tuple[float, ...]:
-    """Order of candidates: time, and among equally fast ones the simpler."""
+def _order(candidate: Candidate, fastest_s: float) -> tuple[float, ...]:
+    """Order of candidates: time, and among equally fast ones the simpler.
+
+    `fastest_s`: the time of the fastest, to which all within 1% are equal.
+    """
     config = candidate.config
     time_s = candidate.time.total_s
     return (
-        math.floor(math.log(time_s, _TIE)),
+        math.floor(math.log(time_s / fastest_s, _TIE)),
         len(candidate.changes),
         config.batch.sequence_parallel,
         config.zero.stage,

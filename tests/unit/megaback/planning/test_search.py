@@ -193,6 +193,29 @@ def test_of_equally_fast_settings_the_one_with_fewer_changes_is_first() -> None:
     assert "zero.stage" not in found.fastest[0].changes
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "nodes"),
+    [
+        ("xcoax_100bt", ("hardware.device=cuda", "batch.micro_batch_rows=16"), 1),
+        ("reverse_1b", ("training.activation_checkpointing=none",), 1),
+        (
+            "reverse_7b",
+            ("training.activation_checkpointing=none", "zero.reduction=reduce"),
+            8,
+        ),
+    ],
+)
+def test_a_config_within_a_percent_of_the_fastest_settings_stays(
+    name: str, overrides: tuple[str, ...], nodes: int
+) -> None:
+    found = search(config_of(name, *overrides), FACTS, cluster_of(nodes), count=1000)
+
+    fastest_s = min(one.time.total_s for one in found.fastest)
+    assert found.given is not None
+    assert 1.004 < found.given.time.total_s / fastest_s < 1.01
+    assert found.fastest[0].changes == {}
+
+
 def test_if_nothing_fits_the_nearest_settings_and_enough_nodes_are_named() -> None:
     config = config_of("reverse_1b")
     small = replace(find_device("a100-40gb"), memory_bytes=6e9)
