@@ -21,7 +21,8 @@ from statistics import mean
 import click
 from smoke import Benchmark
 
-from megaback.config import LOSS_CHUNK_TOKENS, ModelSection
+from megaback.config import LOSS_CHUNK_TOKENS, ModelSection, OptimizerSection
+from megaback.planning.collectives import step_calls
 from megaback.planning.devices import find_device
 from megaback.planning.flops import flops_per_token
 from megaback.planning.memory import Setting
@@ -84,10 +85,12 @@ class Published:
             overlaps=self.stage == 3,
         )
         assert device.bf16_flops is not None
+        section = OptimizerSection(name=self.optimizer, learning_rate=1e-3)
         found = step_time(
             TimedStep(
                 setting=setting,
                 traffic=traffic,
+                calls=step_calls(setting, section, self.micro_batches, "all_reduce"),
                 nodes=self.devices // per_node,
                 micro_batches=self.micro_batches,
                 attended_tokens=(self.context_tokens + 1) / 2,

@@ -42,7 +42,7 @@ _STAGES = (1, 2, 3)
 _OPTIMIZERS = ("adamw", "muon")
 _RANKS_PER_NODE = 8
 _STEPS = 2
-_FEW_BYTES = 1_000
+FEW_BYTES = 1_000
 """Bytes per step of norms and counters, which are not planned."""
 
 
@@ -168,7 +168,7 @@ def sent(report: dict[str, Any], plan: RunPlan) -> Comparison:
     differences = [
         (planned.get(key, 0.0) - measured.get(key, 0)) / max(measured.get(key, 0), 1)
         for key in planned | measured
-        if planned.get(key, 0.0) + measured.get(key, 0) > _FEW_BYTES
+        if planned.get(key, 0.0) + measured.get(key, 0) > FEW_BYTES
     ]
     return sum(measured.values()) / 1e6, max(differences, key=abs)
 

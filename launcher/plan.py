@@ -108,6 +108,17 @@ def shown_parts(parts: StepTime) -> str:
     )
 
 
+def _shown_calls(plan: RunPlan, cluster: Cluster) -> str:
+    """Number of collectives per step by place and kind, as text."""
+    texts = []
+    for place, numbers in plan.calls.by_place(plan.traffic, cluster.nodes).items():
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in sorted(numbers.items()))
+        if kinds:
+            where = "within the node" if place == "within_node" else "between nodes"
+            texts.append(f"{sum(numbers.values()):,} {where} ({kinds})")
+    return f"collectives per step: {'; '.join(texts)}"
+
+
 def _show(
     config: Config, facts: RunFacts, cluster: Cluster, plan: RunPlan, *, has_mfu: bool
 ) -> None:
@@ -166,6 +177,8 @@ def _show(
         f"{_gigabytes(plan.traffic.weight_bytes)}, Muon {_gigabytes(plan.traffic.optimizer_bytes)}"
         f"{divided}): {used}; {plan.traffic_s:.2f} s"
     )
+    if cluster.ranks > 1:
+        echo(f"calls    {_shown_calls(plan, cluster)}")
     kept = plan.checkpoints_kept
     shards = "" if facts.shard_bytes is None else f"; shards {_gigabytes(facts.shard_bytes)} GB"
     checkpoints = "" if kept is None else f" x {kept} = {_gigabytes(kept * plan.checkpoint_bytes)}"
@@ -206,6 +219,7 @@ def to_json(
     return {
         **asdict(plan),
         "parameters": plan.size.total,
+        "collectives": plan.calls.by_place(plan.traffic, cluster.nodes),
         "stages": stages,
         "fits": plan.memory.parts.total <= cluster.device.memory_bytes,
         "smallest_change": change,

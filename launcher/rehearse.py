@@ -1,7 +1,7 @@
 """`megaback rehearse`: single ranks of a large run on this machine, without communication."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
@@ -124,21 +124,21 @@ def _show_rank(report: RankReport, plan: RunPlan, world_size: int) -> None:
         f"  checkpoint  {_size(num_bytes)} in {len(report.checkpoint)} files; planned "
         f"{_size(plan.checkpoint_bytes / world_size)}"
     )
-    planned = planned_bytes(plan)
+    planned, planned_calls = planned_bytes(plan), plan.calls.by_group(plan.traffic)
     lines = []
     for one in report.traffic:
-        num_planned = planned.get((one.group, one.kind))
+        key = one.group, one.kind
         lines.append(
             [
-                one.group,
-                one.kind,
+                *key,
                 f"{one.calls:,}",
+                f"{planned_calls[key]:,}" if key in planned_calls else "-",
                 _size(one.sent_bytes),
-                "-" if num_planned is None else _size(num_planned),
+                _size(planned[key]) if key in planned else "-",
             ]
         )
-    heads = ["group", "collective", "per step", "sent", "planned"]
-    for line in table_lines(heads, lines, right=(2, 3, 4), indent=2):
+    heads = ["group", "collective", "per step", "planned", "sent", "planned"]
+    for line in table_lines(heads, lines, right=range(2, len(heads)), indent=2):
         click.echo(line)
 
 
@@ -265,6 +265,14 @@ def problems_between(reports: Sequence[RankReport]) -> list[str]:
     ]
 
 
+def _by_group(name: str, planned: Mapping[tuple[str, str], float]) -> dict[str, dict[str, float]]:
+    """Planned numbers of the collectives of an engine and of a node, by kind."""
+    return {
+        field: {kind: number for (group, kind), number in planned.items() if group == of_group}
+        for field, of_group in ((name, "engine"), (f"{name}_within_node", "node"))
+    }
+
+
 def _to_json(
     plans: Sequence[tuple[RankReport, RunPlan]],
     failures: Sequence[RankFailure],
@@ -279,17 +287,8 @@ def _to_json(
                 **asdict(report),
                 "planned": {
                     "memory_bytes": planned_memory(plan),
-                    **{
-                        name: {
-                            kind: num_bytes
-                            for (group, kind), num_bytes in planned_bytes(plan).items()
-                            if group == of_group
-                        }
-                        for name, of_group in (
-                            ("sent_bytes", "engine"),
-                            ("sent_bytes_within_node", "node"),
-                        )
-                    },
+                    **_by_group("sent_bytes", planned_bytes(plan)),
+                    **_by_group("calls", plan.calls.by_group(plan.traffic)),
                     "checkpoint_bytes": plan.checkpoint_bytes / world_size,
                 },
             }

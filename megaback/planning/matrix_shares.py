@@ -81,7 +81,7 @@ def _shares(matrices: tuple[MatrixShape, ...], ranks: int, is_each: bool) -> dic
         owned.setdefault(owner, []).append(number)
     lengths = _lengths(matrices)
     starts = np.cumsum([0, *lengths])
-    partition = _partition(sum(lengths), ranks)
+    partition = partition_elements(sum(lengths), ranks)
 
     def kept(rank: int, number: int) -> int:
         if is_each:
@@ -103,7 +103,7 @@ def matrix_owners(matrices: tuple[MatrixShape, ...], ranks: int, *, is_each: boo
     """Rank that orthogonalizes each matrix: of those that hold most of it, the least loaded one."""
     work = [rows * columns * min(rows, columns) for rows, columns in matrices]
     lengths = _lengths(matrices)
-    partition = _partition(sum(lengths), ranks)
+    partition = partition_elements(sum(lengths), ranks)
     busy = np.zeros(ranks, dtype=np.int64)
     owners = [0] * len(matrices)
     for number in sorted(range(len(matrices)), key=lambda number: -work[number]):
@@ -138,12 +138,12 @@ def _held(matrices: tuple[MatrixShape, ...], ranks: int, is_each: bool, rank: in
     pieces = lengths if is_each else [sum(lengths)]
     held = 0
     for length in pieces:
-        partition = ceil(length / ranks) if is_each else _partition(length, ranks)
+        partition = ceil(length / ranks) if is_each else partition_elements(length, ranks)
         held += min(max(length - rank * partition, 0), partition)
     return held
 
 
-def _partition(length: int, ranks: int) -> int:
+def partition_elements(length: int, ranks: int) -> int:
     """Elements of a rank's slice of a flat tensor at ZeRO 1 and 2, padded."""
     return ceil(length / (ranks * _ALIGNMENT)) * _ALIGNMENT
 

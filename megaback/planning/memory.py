@@ -25,9 +25,9 @@ _MIN_BUCKET_ELEMENTS = 1_000_000
 _MAX_BUCKET_ELEMENTS = 500_000_000
 _GATHERED_ELEMENTS = 1_000_000_000
 """Maximum weights that ZeRO 3 keeps gathered: DeepSpeed's stage3_max_live_parameters."""
-_GROUP_ELEMENTS = 1_000_000_000
+GROUP_ELEMENTS = 1_000_000_000
 """Elements of a rank that ZeRO 3 updates at a time: DeepSpeed's sub_group_size."""
-_WHOLE_REDUCED_ELEMENTS = 500_000_000
+WHOLE_REDUCED_ELEMENTS = 500_000_000
 """Elements that stage 0 reduces at a time."""
 
 CUDA_CONTEXT_BYTES = 1.5e9
@@ -316,7 +316,7 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
             activations=tokens * (blocks * kept.block + kept.rest + work),
         )
 
-    reduced = 4.0 * min(total, _WHOLE_REDUCED_ELEMENTS) if stage == 0 and ranks > 1 else 0.0
+    reduced = 4.0 * min(total, WHOLE_REDUCED_ELEMENTS) if stage == 0 and ranks > 1 else 0.0
     return {
         "loss": replace(
             moment(layers, held.earlier + loss.weight_gradient, 0, loss.hidden),
@@ -350,14 +350,14 @@ def _update(setting: Setting, size: ModelSize) -> Parts:
         return replace(resident, gradients=resident.gradients + held.averaged, update=work)
     group = (max(size.matrices, rest) if is_muon else size.total) / ranks
     if stage == 3:
-        group = min(group, _GROUP_ELEMENTS)
+        group = min(group, GROUP_ELEMENTS)
     flat = held.update_bytes * group
     # Before, the norm is computed in fp64, of one parameter's part at a time.
     norm = 0.0 if stage == 3 else 8.0 * min(group, _largest_parameter(setting, size))
     plain = replace(resident, gradients=resident.gradients + held.averaged, update=max(flat, norm))
     if not is_muon:
         return plain
-    part = min(_GROUP_ELEMENTS * ranks / size.matrices, 1.0) if stage == 3 else 1.0
+    part = min(GROUP_ELEMENTS * ranks / size.matrices, 1.0) if stage == 3 else 1.0
     work = part * (8.0 * size.matrices / ranks + _muon_work(setting))
     orthogonal = replace(resident, update=work)
     return max(plain, orthogonal, key=lambda parts: parts.total)

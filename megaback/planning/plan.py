@@ -12,11 +12,19 @@ from math import ceil
 from data_pipeline.errors import BatchError, NotEnoughMemoryError
 from megaback.config import Config
 from megaback.config_batch import split_batch
+from megaback.planning.collectives import StepCalls
 from megaback.planning.data_facts import RunFacts
 from megaback.planning.flops import ModelSize, flops_per_token
 from megaback.planning.memory import RankMemory, checkpoint_bytes, rank_memory
 from megaback.planning.network import Traffic
-from megaback.planning.run_settings import Cluster, peak_flops, setting_of, time_of, traffic_of
+from megaback.planning.run_settings import (
+    Cluster,
+    calls_of,
+    peak_flops,
+    setting_of,
+    time_of,
+    traffic_of,
+)
 from megaback.planning.step_time import StepTime
 
 DEFAULT_MFU = 0.4
@@ -53,6 +61,7 @@ class RunPlan:
     stage: int
     """ZeRO stage of the config."""
     traffic: Traffic
+    calls: StepCalls
     traffic_s: float
     parts: StepTime | None
     """Time of a step by part; None: on a CPU, or on a device of unknown rates."""
@@ -76,8 +85,8 @@ def plan_run(
 ) -> RunPlan:
     """Plan a run. Raises BatchError if the batch is not divisible by the ranks.
 
-    Memory and traffic are those of a rank, by default of the one that has most. The duration is
-    that of the time by part, or at an MFU if one is given or there are no parts.
+    Memory, traffic and calls are those of a rank, by default of the one that has most. The duration
+    is that of the time by part, or at an MFU if one is given or there are no parts.
     """
     micro_rows, accumulation = split_batch(config.batch, cluster.ranks)
     flops = flops_per_token(config.model, facts.vocab_size, facts.attended_tokens)
@@ -109,6 +118,7 @@ def plan_run(
         },
         stage=config.zero.stage,
         traffic=traffic,
+        calls=calls_of(config, facts, cluster, rank),
         traffic_s=traffic.durations(
             cluster.device, cluster.nodes, cluster.devices_per_node
         ).total_s,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from megaback.config import Config
 from megaback.config_batch import split_batch
 from megaback.planning.activation_memory import Attention
+from megaback.planning.collectives import StepCalls, step_calls
 from megaback.planning.data_facts import RunFacts
 from megaback.planning.devices import Device
 from megaback.planning.memory import Setting
@@ -90,6 +91,15 @@ def traffic_of(
     return replace(traffic, sequence=sequence_exchange(config, micro_rows, accumulation, *ranks))
 
 
+def calls_of(
+    config: Config, facts: RunFacts, cluster: Cluster, rank: int | None = None
+) -> StepCalls:
+    """Number of collectives of a rank per step. Raises BatchError."""
+    _, accumulation = batch_of(config, cluster)
+    setting = setting_of(config, facts, cluster, rank)
+    return step_calls(setting, config.optimizer, accumulation, config.zero.reduction)
+
+
 def time_of(
     config: Config, facts: RunFacts, cluster: Cluster, rank: int | None = None
 ) -> StepTime | None:
@@ -101,6 +111,7 @@ def time_of(
     step = TimedStep(
         setting=setting_of(config, facts, cluster, rank),
         traffic=traffic_of(config, facts, cluster, rank),
+        calls=calls_of(config, facts, cluster, rank),
         nodes=cluster.nodes,
         micro_batches=accumulation,
         attended_tokens=facts.attended_tokens,

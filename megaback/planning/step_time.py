@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from math import ceil, log2
 
 from megaback.config import ModelSection
+from megaback.planning.collectives import StepCalls
 from megaback.planning.devices import Device
 from megaback.planning.flops import ModelSize, orthogonalization_flops
 from megaback.planning.matrix_shares import MatrixShape, matrices_of, matrix_share, matrix_shares
-from megaback.planning.memory import Setting, bucket_elements
+from megaback.planning.memory import Setting
 from megaback.planning.network import Traffic, TrafficTime
 from megaback.planning.rates import assumed, attention_share, matmul_share
 
@@ -54,6 +55,7 @@ class TimedStep:
 
     setting: Setting
     traffic: Traffic
+    calls: StepCalls
     nodes: int
     micro_batches: int
     attended_tokens: float
@@ -175,8 +177,8 @@ def _network(
         return 0.0, 0.0
     durations = traffic.durations(device, step.nodes, setting.ranks_per_node)
     # Each block waits for its exchanges of activations.
-    sequence_latency = assumed("CALL_LATENCY_S") * log2(setting.sequence_parallel)
-    sequence_s = durations.sequence_s + traffic.sequence.calls * sequence_latency
+    waits = traffic.sequence.calls * _latency_s(setting.sequence_parallel)
+    sequence_s = durations.sequence_s + waits
     exposed, hidden = _weights_network(step, durations, forward_s, backward_s)
     return exposed + sequence_s, hidden
 
@@ -185,19 +187,16 @@ def _weights_network(
     step: TimedStep, durations: TrafficTime, forward_s: float, backward_s: float
 ) -> tuple[float, float]:
     """The same of weights, gradients and the optimizer."""
-    setting, traffic, count = step.setting, step.traffic, step.micro_batches
+    setting, calls, count = step.setting, step.calls, step.micro_batches
     if setting.stage == 3:
         return _stage3_network(step, durations, forward_s, backward_s)
-    latency = assumed("CALL_LATENCY_S") * log2(setting.shard_ranks)
-    buckets = ceil(step.size.total / bucket_elements(step.size.total))
+    latency = _latency_s(setting.shard_ranks)
     reductions = count if setting.stage == 2 and not setting.reduces_once else 1
-    calls = buckets * (setting.shard_ranks if traffic.reduction == "reduce" else 1)
-    reduction = durations.gradients_s / reductions + calls * latency
-    once = durations.weights_s + (buckets * latency if setting.stage else 0.0)
-    if setting.shard_ranks < setting.ranks:
-        averages = ceil(buckets / setting.shard_ranks)
-        replica_latency = assumed("CALL_LATENCY_S") * log2(setting.ranks / setting.shard_ranks)
-        once += durations.replicas_s + averages * replica_latency
+    reduction = (durations.gradients_s + calls.gradients * latency) / reductions
+    once = durations.weights_s + (calls.weights + calls.norms + calls.exchange) * latency
+    once += calls.losses * _latency_s(setting.ranks)
+    once += durations.replicas_s
+    once += calls.replicas * _latency_s(setting.ranks // setting.shard_ranks)
     hidden = 0.0
     if setting.overlaps and setting.stage and not setting.reduces_once:
         hidden = min(reduction, assumed("OVERLAP_SHARE") * backward_s)
@@ -209,12 +208,13 @@ def _stage3_network(
     step: TimedStep, durations: TrafficTime, forward_s: float, backward_s: float
 ) -> tuple[float, float]:
     """The same at stage 3, which gathers weights layer by layer, and reduces as it goes back."""
-    setting, traffic, count = step.setting, step.traffic, step.micro_batches
-    calls = setting.shape.num_layers * assumed("CALL_LATENCY_S") * log2(setting.ranks)
-    gathers = traffic.weight_passes * count
-    gather = durations.weights_s / gathers + calls
+    setting, traffic, calls = step.setting, step.traffic, step.calls
+    count, latency = step.micro_batches, _latency_s(setting.ranks)
+    waits = calls.weights * latency
+    waits += calls.copied_weights * _latency_s(setting.ranks_per_node)
+    gather = (durations.weights_s + waits) / (traffic.weight_passes * count)
     reductions = 1 if setting.reduces_once else count
-    reduction = durations.gradients_s / reductions + calls
+    reduction = (durations.gradients_s + calls.gradients * latency) / reductions
     share = assumed("OVERLAP_SHARE") if setting.overlaps else 0.0
     ahead = min(gather, share * forward_s)
     during = gather * (traffic.weight_passes - 1)
@@ -222,9 +222,15 @@ def _stage3_network(
         during += reduction
     behind = min(during, share * backward_s)
     exposed = count * (gather - ahead + during - behind) + durations.exchange_s
+    exposed += (calls.updated_weights + calls.norms + calls.exchange + calls.losses) * latency
     if setting.reduces_once:
         exposed += reduction
     return exposed, count * (ahead + behind)
+
+
+def _latency_s(ranks: int) -> float:
+    """Seconds that a collective takes besides its bytes."""
+    return assumed("CALL_LATENCY_S") * log2(ranks)
 
 
 def _launches_s(step: TimedStep) -> float:

@@ -170,7 +170,8 @@ class RehearsalGroup(dist.ProcessGroup):
             ranks = dist.get_process_group_ranks(self)
             is_consecutive = ranks[-1] - ranks[0] == len(ranks) - 1
             self._name = "node" if is_consecutive else "engine"
-        self._log.add(kind, sent_bytes, self._name)
+        if self._size > 1:
+            self._log.add(kind, sent_bytes, self._name)
         devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
         future: Future[list[Tensor]] = Future(devices=list(devices))
         future.set_result(tensors)

@@ -1,4 +1,4 @@
-"""Bytes of the gradients' reductions: planned, and sent in a rehearsal of one rank of 8."""
+"""Bytes of the gradients' reductions and all calls: planned, and of a rehearsed rank of 8."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from megaback.rehearsal.report import RankReport
 
 pytestmark = pytest.mark.slow
 
-RANKS = 8
+RANKS, RANK = 8, 5
 CASES: dict[str, dict[str, object]] = {
     "1": {"stage": 1},
     "1 fp32": {"stage": 1, "gradient_precision": "fp32"},
@@ -38,7 +38,7 @@ def config_of(shards: Path, zero: dict[str, object]) -> Config:
         {
             "run": "unused",
             "data": {"shards": str(shards)},
-            "model": {"num_layers": 2, "width": 64, "num_heads": 4},
+            "model": {"num_layers": 2, "width": 256, "num_heads": 4},
             "batch": {"context_tokens": 64, "global_batch_rows": 3 * RANKS, "micro_batch_rows": 1},
             "optimizer": {"learning_rate": 1e-3},
             "training": {"steps": 100, "precision": "bf16"},
@@ -50,20 +50,23 @@ def config_of(shards: Path, zero: dict[str, object]) -> Config:
 
 @pytest.fixture(scope="module")
 def reports(tiny_shards: Path) -> dict[str, RankReport]:
-    jobs = [Job(config_of(tiny_shards, zero), (5,), RANKS, 8) for zero in CASES.values()]
+    jobs = [Job(config_of(tiny_shards, zero), (RANK,), RANKS, 8) for zero in CASES.values()]
     found = dict(zip(CASES, rehearse(*jobs), strict=True))
     assert all(isinstance(report, RankReport) for report in found.values())
     return found
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bytes_of_gradients_are_within_2_percent_of_the_plan(
+def test_calls_and_bytes_of_gradients_are_those_of_the_plan(
     case: str, reports: dict[str, RankReport], tiny_shards: Path
 ) -> None:
     config = config_of(tiny_shards, CASES[case])
     facts = run_facts(config, None, None)
 
-    traffic = plan_run(config, facts, Cluster(1, RANKS, cpu_device(1.0, None)), 0.4).traffic
+    plan = plan_run(config, facts, Cluster(1, RANKS, cpu_device(1.0, None)), 0.4, RANK)
 
-    sent = {one.kind: one.sent_bytes for one in reports[case].traffic if one.group == "engine"}
+    traffic, counted = plan.traffic, [one for one in reports[case].traffic if one.group == "engine"]
+    sent = {one.kind: one.sent_bytes for one in counted}
     assert sent[traffic.reduction] == pytest.approx(traffic.gradient_bytes, rel=0.02)
+    calls = {(one.group, one.kind): one.calls for one in counted}
+    assert calls == plan.calls.by_group(traffic)

@@ -71,6 +71,17 @@ def test_bytes_within_and_between_nodes_are_those_of_the_plan(
     assert {group for group, _ in sent} == {"node", "engine"}
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_collectives_are_as_many_as_planned(
+    case: Case, rehearsed: dict[Case, tuple[RankReport, RunPlan]]
+) -> None:
+    report, plan = rehearsed[case]
+
+    calls = {(one.group, one.kind): one.calls for one in report.traffic if one.group != "control"}
+
+    assert calls == plan.calls.by_group(plan.traffic)
+
+
 def test_nodes_exchange_gradients_once_per_step(
     rehearsed: dict[Case, tuple[RankReport, RunPlan]],
 ) -> None:

@@ -55,6 +55,9 @@ def test_a_rank_is_rehearsed_beside_the_plan_of_the_shortened_model(
         "sent_bytes_within_node"
     ]
     assert [one["calls"] for one in exchanged] == [2 * 3 * 2]  # of 3 passes and 2 micro-batches
+    calls = {one["kind"]: one["calls"] for one in rank["traffic"] if one["group"] == "engine"}
+    assert rank["planned"]["calls"].keys() == calls.keys()
+    assert rank["planned"]["calls_within_node"] == {"all-to-all": 2 * 3 * 2}
     assert (found["rows"]["rows_per_step"], found["rows"]["problems"]) == (8, [])
 
     planned = rank.pop("planned")["memory_bytes"]
