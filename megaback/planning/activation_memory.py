@@ -23,9 +23,11 @@ class Activations:
     block: float
     """Bytes per token that each block saves."""
     rest: float
-    """Bytes per token that the embedding, rotary positions and final norm save."""
+    """Bytes per token that the embedding, rotary positions, final norm and loss save."""
+    norm_work: float
+    """Bytes per token in the final norm's backward pass, besides those of the blocks."""
     block_work: float
-    """Additional bytes per token of a block's backward pass: gradients and recomputed tensors."""
+    """Bytes per token in a block's backward pass, besides those that blocks save."""
 
 
 def activations_of(
@@ -40,21 +42,27 @@ def activations_of(
     whole = _block(shape, arithmetic, "none", attention, sequence_parallel)
     kept = _block(shape, arithmetic, checkpointing, attention, sequence_parallel)
     size = 4 if arithmetic == "fp32" else 2
-    # Backward pass of the MLP: gradients of the product, of both factors, and of one's input.
-    work = 3.0 * size * shape.hidden_mlp_width
-    if checkpointing == "block":
-        work += whole
-    elif checkpointing == "selective":
-        work += size * shape.hidden_mlp_width
     stream = _FP32 if arithmetic == "autocast" else size
-    norm = _norm(shape.width, arithmetic, recomputed=checkpointing == "selective")
-    ids = 8 + 8
-    rotary = 2 * _FP32 * shape.head_dim
+    recomputed = checkpointing == "selective"
+    throughout = 2 * _FP32 * shape.head_dim + 8 + 8  # rotary positions, ids and targets
+    # Most is allocated where the product of the MLP's gate has its gradient and those of both
+    # factors, and the product is not needed any more.
+    work = 2.0 * size * shape.hidden_mlp_width
+    if checkpointing == "block":
+        # The first norm's input is what the block saves, unless it is copied into fp32.
+        work += whole if arithmetic == "bf16" else whole - kept
+    elif recomputed:
+        work += size * shape.hidden_mlp_width
+    # The final norm's input, its gradient, and what the other part of it is computed from.
+    norm_work = 6.0 * _FP32 * shape.width
+    if recomputed and arithmetic == "bf16":
+        norm_work += size * shape.width
     head_gradient = size * shape.width
     return Activations(
         block=kept,
-        rest=norm + head_gradient + rotary + ids,
-        block_work=work + 2 * stream * shape.width,
+        rest=_norm(shape.width, arithmetic, recomputed=recomputed) + head_gradient + throughout,
+        norm_work=norm_work + throughout,
+        block_work=work + stream * shape.width + throughout,
     )
 
 

@@ -54,15 +54,18 @@ class GradientMemory:
 
 
 def gradient_memory(
-    setting: GradientSetting, total: int, kept: int, bucket_elements: int
+    setting: GradientSetting, total: int, kept: int, bucket_elements: int, matrix: int
 ) -> GradientMemory:
     """Memory of the gradients of `total` parameters, at stages 1 to 3 or without sharding.
 
-    `kept`: elements of the parameters that reach into the rank's slice (`gradient_buffer`).
+    `kept`: elements of the parameters that reach into the rank's slice (`gradient_buffer`);
+    `matrix`: those of the largest matrix, which is reduced alone if a bucket is smaller.
     """
     stage, low, high = setting.stage, setting.weight_bytes, setting.accumulator_bytes
     share = total / setting.ranks
     flat = high * share if setting.is_flat else 0.0
+    # What is reduced is cut by the ranks that keep it, and joined to be sent.
+    joined = max(bucket_elements, matrix) if setting.ranks > 1 else 0
     if setting.is_whole:
         last = float(high * total)
         earlier = last if setting.accumulates else 0.0
@@ -75,10 +78,10 @@ def gradient_memory(
     elif stage == 2 and not setting.is_offloaded:
         earlier = float(low * kept) if setting.accumulates else 0.0
         last = low * kept + earlier  # a micro-batch's are added to those of the previous ones
-        bucket = float(low * bucket_elements)
+        bucket = float(low * (bucket_elements + joined))
     else:
         earlier = last = 0.0
-        bucket = float(low * bucket_elements) if stage == 2 else 0.0
+        bucket = float(low * (bucket_elements + joined)) if stage == 2 else 0.0
     if setting.overlaps and stage in (1, 2):
         bucket += (high if setting.is_whole else low) * bucket_elements
     copies = 4 if low == 2 and high == 2 else 0

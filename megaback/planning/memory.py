@@ -2,8 +2,9 @@
 
 It covers the allocations of DeepSpeed's ZeRO (Rajbhandari et al., 2020) and of our optimizers, as
 listed in docs/planning.md; `benchmarks/memory.py` compares it with real runs. Memory peaks at the
-start of the backward pass, in its first and last block, at its end, and in the optimizer. The whole
-model at the start and the copy of a checkpoint are in host memory, on a CPU the rank's own.
+start of the backward pass, in the final norm, in its first and last block, at its end, and in the
+optimizer. The whole model at the start and the copy of a checkpoint are in host memory, on a CPU
+the rank's own.
 """
 
 from dataclasses import dataclass, replace
@@ -117,7 +118,8 @@ class Setting:
         kept = kept_elements(
             self.shape, self.vocab_size, self.optimizer, self.shard_ranks, self.shard_rank
         )
-        return gradient_memory(setting, size.total, kept, bucket_elements(size.total))
+        matrix = _largest_matrix(self.shape)
+        return gradient_memory(setting, size.total, kept, bucket_elements(size.total), matrix)
 
 
 @dataclass(frozen=True)
@@ -263,8 +265,12 @@ def _start(setting: Setting, size: ModelSize) -> Parts:
 
 def _largest_parameter(setting: Setting, size: ModelSize) -> int:
     """Elements of the largest parameter."""
-    matrices = (rows * columns for rows, columns in matrices_of(setting.shape))
-    return max(size.embedding, *matrices)
+    return max(size.embedding, _largest_matrix(setting.shape))
+
+
+def _largest_matrix(shape: ModelSection) -> int:
+    """Elements of the largest matrix."""
+    return max(rows * columns for rows, columns in matrices_of(shape))
 
 
 def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
@@ -296,12 +302,12 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
     if stage == 2 and not setting.reduces_once:
         # The buffer of a rank's gradients is allocated for the first one. On a CPU, its memory is
         # used as it is filled: by the head and a bucket here. fp32 gradients begin as zeros.
-        filled = held.bucket + setting.weight_bytes * (size.head or size.embedding)
+        filled = setting.weight_bytes * (bucket_elements(total) + (size.head or size.embedding))
         is_filled = setting.is_cpu and not setting.has_fp32_accumulators
         first = held.earlier + min(held.last - held.earlier, filled if is_filled else held.last)
     # A matrix's gradient, before it is copied into the bucket. (At stage 1, the bucket's gradients
     # are among all gradients at the end.)
-    matrix = max(rows * columns for rows, columns in matrices_of(setting.shape))
+    matrix = _largest_matrix(setting.shape)
     is_copied = stage == 1 or (stage == 2 and not setting.reduces_once)
     copied = float(setting.weight_bytes * matrix) if is_copied else 0.0
     copied_last = copied if stage == 2 else 0.0
@@ -313,15 +319,16 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
             working,
             gradients=working.gradients + gradients,
             buckets=working.buckets + buckets,
-            activations=tokens * (blocks * kept.block + kept.rest + work),
+            activations=tokens * (blocks * kept.block + work),
         )
 
     reduced = 4.0 * min(total, WHOLE_REDUCED_ELEMENTS) if stage == 0 and ranks > 1 else 0.0
     return {
         "loss": replace(
-            moment(layers, held.earlier + loss.weight_gradient, 0, loss.hidden),
+            moment(layers, held.earlier + loss.weight_gradient, 0, kept.rest + loss.hidden),
             logits=loss.chunk,
         ),
+        "final norm": moment(layers, first, held.bucket, kept.norm_work),
         "first block": moment(layers, first, held.bucket + copied, kept.block_work),
         "last block": moment(
             1,

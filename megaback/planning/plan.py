@@ -21,6 +21,7 @@ from megaback.planning.run_settings import (
     Cluster,
     calls_of,
     peak_flops,
+    row_shares,
     setting_of,
     time_of,
     traffic_of,
@@ -156,10 +157,11 @@ def smallest_change(
     """Change that makes the run fit, as overrides to type; None if there is none.
 
     One override if one suffices, else two or three; among equally many, the cheapest, in the order
-    of more sharding, smaller micro-batch, activation checkpointing, offload, more nodes.
+    of more sharding, smaller micro-batch, activation checkpointing, ranks that share a row if one
+    is too long, offload, more nodes.
     """
     options = [
-        option for option in _changes(config, cluster) if can_add_nodes or option[1] != NODES
+        option for option in _changes(config, facts, cluster) if can_add_nodes or option[1] != NODES
     ]
     kinds = range(len(options))
     for count in range(1, _MAX_CHANGES + 1):
@@ -194,15 +196,15 @@ def advice_to_fit(
         return f"the smallest change that fits is {change}"
     last = ", offload or more nodes" if can_add_nodes else " or offload"
     return (
-        f"no smaller micro-batch, higher stage, checkpointing{last} makes it fit; use a smaller "
-        "model, or devices with more memory"
+        f"no smaller micro-batch, higher stage, checkpointing, sharing of rows{last} makes it fit; "
+        "use a smaller model, or devices with more memory"
     )
 
 
 _Option = tuple[str, str, tuple[object, ...]]
 
 
-def _changes(config: Config, cluster: Cluster) -> Iterator[_Option]:
+def _changes(config: Config, facts: RunFacts, cluster: Cluster) -> Iterator[_Option]:
     """(section, key, values) of possible changes, cheapest first, values mildest first."""
     stage, kept = config.zero.stage, config.training.activation_checkpointing
     rows, _ = split_batch(config.batch, cluster.ranks)
@@ -221,6 +223,14 @@ def _changes(config: Config, cluster: Cluster) -> Iterator[_Option]:
         yield "zero", "stage", (3,)
     if kept != "block":
         yield "training", "activation_checkpointing", ("block",)
+    shares = tuple(
+        parts
+        for parts in row_shares(config, cluster.ranks, cluster.devices_per_node)
+        if parts > config.batch.sequence_parallel
+    )
+    one_row = config.batch.model_copy(update={"micro_batch_rows": 1})
+    if shares and not fits(config.model_copy(update={"batch": one_row}), facts, cluster):
+        yield "batch", "sequence_parallel", shares
     if config.zero.offload == "none" and not cluster.device.is_cpu:
         yield "zero", "offload", ("optimizer",)
     doublings = range(1, _MAX_NODE_DOUBLINGS + 1)

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+from data_pipeline.errors import BatchError
 from megaback.config import Config
-from megaback.config_batch import split_batch
+from megaback.config_batch import split_batch, unequal_heads
 from megaback.planning.activation_memory import Attention
 from megaback.planning.collectives import StepCalls, step_calls
 from megaback.planning.data_facts import RunFacts
@@ -14,6 +15,8 @@ from megaback.planning.sequence_exchange import sequence_exchange
 from megaback.planning.step_time import StepTime, TimedStep, step_time
 
 _MAX_FLASH_HEAD_DIM = 256
+_MIN_PART_TOKENS = 4_096
+"""Length of the parts of rows below which more ranks do not share them, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,27 @@ class Cluster:
 def batch_of(config: Config, cluster: Cluster) -> tuple[int, int]:
     """Rows per micro-batch, and accumulation steps, of each rank. Raises BatchError."""
     return split_batch(config.batch, cluster.ranks)
+
+
+def row_shares(config: Config, ranks: int, ranks_per_node: int) -> list[int]:
+    """Numbers of ranks of a node, or the config's, that can share rows, in ascending order."""
+    given, shape = config.batch.sequence_parallel, config.model
+    found = []
+    for parts in sorted({given, *range(1, ranks_per_node + 1)}):
+        batch = config.batch.model_copy(update={"sequence_parallel": parts})
+        if parts != given and (
+            (parts > 1 and batch.part_tokens < _MIN_PART_TOKENS)
+            or ranks_per_node % parts
+            or batch.context_tokens % parts
+            or unequal_heads(batch, shape.num_heads, shape.kv_heads) is not None
+        ):
+            continue
+        try:
+            split_batch(batch, ranks)
+        except BatchError:
+            continue
+        found.append(parts)
+    return found
 
 
 def setting_of(

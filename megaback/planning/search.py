@@ -13,11 +13,10 @@ from itertools import product
 
 from data_pipeline.errors import BatchError, ConfigError, NotEnoughMemoryError
 from megaback.config import Config
-from megaback.config_batch import unequal_heads
 from megaback.planning.data_facts import RunFacts
 from megaback.planning.memory import RankMemory, rank_memory
 from megaback.planning.plan import NODES, is_allowed
-from megaback.planning.run_settings import Cluster, batch_of, setting_of, time_of
+from megaback.planning.run_settings import Cluster, batch_of, row_shares, setting_of, time_of
 from megaback.planning.step_time import StepTime
 
 Settings = dict[str, object]
@@ -28,8 +27,6 @@ _TIE = 1.01
 _OFFLOADS = ("none", "optimizer", "parameters")
 _CHECKPOINTING = ("none", "selective", "block")
 _MAX_NODE_DOUBLINGS = 6
-_MIN_PART_TOKENS = 4_096
-"""Length of the parts of rows below which more ranks do not share them, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -144,24 +141,8 @@ def _ways(
 
 
 def _parts(config: Config, cluster: Cluster) -> list[int]:
-    """Numbers of ranks of a node, or the config's, that can share rows. Raises BatchError."""
-    given, shape = config.batch.sequence_parallel, config.model
-    found = []
-    for parts in sorted({given, *range(1, cluster.devices_per_node + 1)}):
-        divided = with_settings(config, {"batch.sequence_parallel": parts})
-        batch = divided.batch
-        if parts != given and (
-            (parts > 1 and batch.part_tokens < _MIN_PART_TOKENS)
-            or cluster.devices_per_node % parts
-            or batch.context_tokens % parts
-            or unequal_heads(batch, shape.num_heads, shape.kv_heads) is not None
-        ):
-            continue
-        try:
-            batch_of(divided, cluster)
-        except BatchError:
-            continue
-        found.append(parts)
+    """Numbers of ranks that can share rows. Raises BatchError if there are none."""
+    found = row_shares(config, cluster.ranks, cluster.devices_per_node)
     if not found:
         batch_of(config, cluster)  # raises its error
     return found

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.errors import DeviceMemoryError, MegabackError
+from data_pipeline.errors import DeviceMemoryError, LaunchError, MegabackError
 from data_pipeline.shards.data_set import DataSet
 from megaback.config import Config
 from megaback.config_batch import split_batch
@@ -11,6 +11,7 @@ from megaback.distributed.device_limits import available_memory
 from megaback.distributed.rendezvous import ranks_per_node
 from megaback.distributed.world import World
 from megaback.planning.memory_room import planned_memory
+from megaback.planning.run_settings import row_shares
 
 
 def device_memory_error(
@@ -26,6 +27,8 @@ def device_memory_error(
     if kept != "block":
         more = "selective or block" if kept == "none" else "block"
         less.append(f"set training.activation_checkpointing to {more}")
+    if rows == 1:
+        less += _shared_rows(config, world)
     if config.zero.hierarchical:
         less.append("set zero.hierarchical to false")
     less.append("raise zero.stage" if config.zero.stage < 3 else "use more ranks or zero.offload")
@@ -34,6 +37,17 @@ def device_memory_error(
         f"{room.memory_bytes / 1e9:.1f} GB{_planned(config, world, room.device)}; "
         f"{', or '.join(less)}, and run the same command again to resume{_named(config, written)}"
     )
+
+
+def _shared_rows(config: Config, world: World) -> list[str]:
+    """Advice for a row that is too long for a device, if more ranks of the node can share it."""
+    try:
+        on_node = ranks_per_node()
+    except LaunchError:
+        return []
+    given = config.batch.sequence_parallel
+    more = [str(parts) for parts in row_shares(config, world.size, on_node) if parts > given]
+    return [f"set batch.sequence_parallel to {' or '.join(more)}"] if more else []
 
 
 def _named(config: Config, written: Sequence[Path]) -> str:

@@ -1,8 +1,14 @@
-"""Activation memory of a forward pass, compared with the tensors that PyTorch saves."""
+"""Activation memory: that which PyTorch saves, and the peak of a backward pass."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megaback.config import ModelSection
 from megaback.model.attention import Segments
@@ -70,3 +76,61 @@ def test_the_estimate_is_exact_for_blocks_and_within_a_few_bytes_for_the_rest(
     rotary = 0 if checkpointing == "none" else 8 * shape.head_dim
     assert one - kept.block + rotary == pytest.approx(kept.rest, abs=16)
     assert penalized == one
+
+
+class LivePeak(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Peak of the bytes of all tensors that operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._live: dict[int, int] = {}
+        self._total = self.peak = 0
+
+    def __torch_dispatch__(
+        self, operator: Callable[..., Any], _: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        results = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self._live:
+                self._live[storage._cdata] = storage.nbytes()
+                self._total += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata)
+        self.peak = max(self.peak, self._total)
+        return results
+
+    def _free(self, key: int) -> None:
+        self._total -= self._live.pop(key)
+
+
+def peak_bytes(
+    shape: ModelSection, arithmetic: Arithmetic, checkpointing: str, tokens: int
+) -> float:
+    """Peak of a backward pass on one row."""
+    model = ReverseGPT(shape, 8, activation_checkpointing=checkpointing, loss_chunk_tokens=8)
+    model.train()
+    if arithmetic == "bf16":
+        model.bfloat16()
+    live, segments = LivePeak(), Segments.from_lengths((tokens,), CPU)
+    with live:
+        ids_T, targets_T = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens).long()
+        with torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"):
+            loss = model(ids_T, targets_T, torch.arange(tokens), segments).sum()
+        live.peak = 0
+        loss.backward()
+    return live.peak
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
+@pytest.mark.parametrize("mlp_width", [128, 256], ids=["narrow", "wide"])
+def test_the_peak_of_a_backward_pass_is_that_of_the_estimate(
+    mlp_width: int, checkpointing: str, arithmetic: Arithmetic
+) -> None:
+    shape = ModelSection(num_layers=1, width=64, num_heads=4, mlp_width=mlp_width).resolved()
+    kept = activations_of(shape, arithmetic, checkpointing, "sdpa")
+
+    short, long = (peak_bytes(shape, arithmetic, checkpointing, tokens) for tokens in (256, 512))
+
+    found = (long - short) / 256
+    assert kept.block + max(kept.norm_work, kept.block_work) == pytest.approx(found, abs=16)

@@ -6,7 +6,7 @@ import pytest
 
 from megaback.planning.gradient_memory import GradientMemory, GradientSetting, gradient_memory
 
-TOTAL, KEPT, BUCKET, RANKS = 1_000, 300, 100, 4
+TOTAL, KEPT, BUCKET, MATRIX, RANKS = 1_000, 300, 100, 80, 4
 BF16 = GradientSetting(
     stage=2,
     weight_bytes=2,
@@ -20,7 +20,12 @@ BF16 = GradientSetting(
 
 
 def memory(**changes: object) -> GradientMemory:
-    return gradient_memory(replace(BF16, **changes), TOTAL, KEPT, BUCKET)  # type: ignore[arg-type]
+    return memory_of(MATRIX, **changes)
+
+
+def memory_of(matrix: int, **changes: object) -> GradientMemory:
+    setting = replace(BF16, **changes)  # type: ignore[arg-type]
+    return gradient_memory(setting, TOTAL, KEPT, BUCKET, matrix)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,12 @@ def test_the_optimizer_gets_fp32_gradients_without_a_copy() -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_overlap_needs_a_second_bucket(stage: int) -> None:
     assert memory(stage=stage, overlaps=True).bucket == memory(stage=stage).bucket + 2 * BUCKET
+
+
+def test_what_is_reduced_at_stage_2_is_joined_a_bucket_or_a_larger_matrix() -> None:
+    assert memory().bucket == 2 * (BUCKET + BUCKET)
+    assert memory_of(3 * BUCKET).bucket == 2 * (BUCKET + 3 * BUCKET)
+    assert memory_of(3 * BUCKET, ranks=1).bucket == 2 * BUCKET
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -88,6 +88,32 @@ def test_the_smallest_change_is_the_cheapest_one(overrides: tuple[str, ...], exp
     assert words == expected
 
 
+def long_rows(rows: int) -> Config:
+    """7B with rows that are too long for a device, in micro-batches of some of them."""
+    return config_of(
+        "reverse_7b",
+        "batch.context_tokens=131072",
+        "batch.global_batch_rows=64",
+        f"batch.micro_batch_rows={rows}",
+        "training.activation_checkpointing=block",
+    )
+
+
+def test_ranks_share_a_row_that_is_too_long_for_a_device() -> None:
+    cluster = h100s(8)
+
+    assert smallest_change(long_rows(1), FACTS, cluster) == "batch.sequence_parallel=2"
+    assert fits(*changed(long_rows(1), cluster, "batch.sequence_parallel=2")[:1], FACTS, cluster)
+    smaller = smallest_change(long_rows(8), FACTS, h100s(1)) or ""
+    assert "batch.sequence_parallel" in smaller
+
+
+def test_ranks_share_no_rows_of_which_one_fits() -> None:
+    config, cluster = config_of("reverse_7b", "batch.micro_batch_rows=8"), h100s(2)
+
+    assert "sequence_parallel" not in (smallest_change(config, FACTS, cluster) or "")
+
+
 @given(
     stage=st.integers(0, 3),
     rows=st.sampled_from([1, 4, 16]),

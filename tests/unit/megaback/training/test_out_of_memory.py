@@ -12,19 +12,29 @@ from megaback.distributed.world import World
 from megaback.training.out_of_memory import device_memory_error
 
 
+@pytest.fixture(autouse=True)
+def _rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+
+
 def message(
     shards: Path,
     rows: int,
     kept: str,
     stage: int,
     written: Sequence[Path] = (),
+    context_tokens: int = 64,
     **training: Any,
 ) -> str:
     fields: dict[str, Any] = {
         "run": "run",
         "data": {"shards": str(shards)},
         "model": {"num_layers": 2, "width": 32, "num_heads": 4},
-        "batch": {"context_tokens": 64, "global_batch_rows": 8, "micro_batch_rows": rows},
+        "batch": {
+            "context_tokens": context_tokens,
+            "global_batch_rows": 8,
+            "micro_batch_rows": rows,
+        },
         "optimizer": {"learning_rate": 1e-3},
         "training": {"steps": 10, "activation_checkpointing": kept, **training},
         "zero": {"stage": stage},
@@ -57,6 +67,19 @@ def test_it_advises_nothing_that_is_done_already(
     tiny_shards: Path, rows: int, kept: str, stage: int, absent: str
 ) -> None:
     assert absent not in message(tiny_shards, rows, kept, stage)
+
+
+def test_ranks_of_a_node_can_share_a_row_that_is_too_long(
+    tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advice = "set batch.sequence_parallel to 2"
+    assert advice not in message(tiny_shards, 1, "block", 2, context_tokens=8_192)
+
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+
+    assert advice in message(tiny_shards, 1, "block", 2, context_tokens=8_192)
+    assert advice not in message(tiny_shards, 4, "block", 2, context_tokens=8_192)
+    assert advice not in message(tiny_shards, 1, "block", 2, context_tokens=4_096)
 
 
 def test_it_needs_no_data_set(tmp_path: Path) -> None:
