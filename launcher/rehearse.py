@@ -1,7 +1,7 @@
 """`megaback rehearse`: single ranks of a large run on this machine, without communication."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import get_args
@@ -21,7 +21,7 @@ from megaback.planning.devices import DEVICES, cpu_device
 from megaback.planning.plan import DEFAULT_MFU, RunPlan, plan_run, require_room
 from megaback.planning.run_settings import Cluster
 from megaback.rehearsal.job import Device, Job, parse_ranks, rehearsal_config, rehearse
-from megaback.rehearsal.report import RankFailure, RankReport, RowsCheck
+from megaback.rehearsal.report import Ownership, RankFailure, RankReport, RowsCheck
 from megaback.rehearsal.rows import check_rows
 
 _NOT_REHEARSED = (
@@ -67,24 +67,25 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
-def _show_all(report: RankReport, rows: RowsCheck) -> None:
-    """The checks over all ranks."""
-    owned = report.ownership
+def shown_checks(owned: Ownership, rows: RowsCheck, config: Config) -> Iterator[str]:
+    """The checks over all ranks, as lines."""
+    parts, zero = config.batch.sequence_parallel, config.zero
+    readers = "one rank" if parts == 1 else f"{parts} ranks, each of which trains on a part of it"
+    of_node = " of each node" if zero.hierarchical and zero.stage in (1, 2) else ""
     for problem in (*rows.problems, *owned.problems):
-        echo(f"problem  {problem}")
+        yield f"problem  {problem}"
     if not rows.problems:
-        echo(
-            f"rows     {rows.rows_per_step:,} of each of {rows.steps} steps, each read by one rank"
-        )
+        of_steps = f"{rows.rows_per_step:,} of each of {rows.steps} steps"
+        yield f"rows     {of_steps}, each read by {readers}"
     if owned.min_weights < owned.parameters and not owned.problems:
-        echo(
-            f"weights  {owned.parameters:,}, each updated by one rank: {owned.min_weights:,} to "
-            f"{owned.max_weights:,} per rank"
+        yield (
+            f"weights  {owned.parameters:,}, each updated by one rank{of_node}: "
+            f"{owned.min_weights:,} to {owned.max_weights:,} per rank"
         )
     if owned.matrices:
-        echo(
-            f"Muon     {owned.matrices:,} matrices; {owned.ranks_without_matrices:,} ranks "
-            "orthogonalize none"
+        yield (
+            f"Muon     {owned.matrices:,} matrices; {owned.ranks_without_matrices:,} "
+            f"ranks{of_node} orthogonalize none"
         )
 
 
@@ -242,7 +243,8 @@ def main(
                 f"model    {plan.size.total:,} parameters in {short.model.num_layers} layers; "
                 f"{short.optimizer.name}, {short.training.precision}, ZeRO stage {plan.stage}"
             )
-            _show_all(report, rows)
+            for line in shown_checks(report.ownership, rows, short):
+                echo(line)
         _show_rank(report, plan, world_size)
     if as_json:
         click.echo(json.dumps(_to_json(plans, failures, rows, world_size), indent=2))

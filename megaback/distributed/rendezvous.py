@@ -48,10 +48,11 @@ def ranks_per_node() -> int:
     """Number of ranks on this node, as what started them says. Raises LaunchError."""
     environment = os.environ
     size = environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE")  # torchrun's
-    if size is None:
+    if size is None or not size.isdecimal() or not int(size):
+        found = "" if size is None else f" (LOCAL_SIZE is {size!r})"
         raise LaunchError(
-            f"rank {environment['RANK']} does not know how many ranks {node_name()} has; set "
-            "LOCAL_SIZE, or start the ranks by `megaback train`, srun or torchrun"
+            f"rank {environment['RANK']} does not know how many ranks {node_name()} has{found}; "
+            "set LOCAL_SIZE, or start the ranks by `megaback train`, srun or torchrun"
         )
     return int(size)
 

@@ -19,8 +19,10 @@ from data_pipeline.errors import (
     MegabackError,
     NotEnoughMemoryError,
 )
-from launcher.rehearse import main, problems_between
-from megaback.rehearsal.report import RankReport
+from launcher.rehearse import main, problems_between, shown_checks
+from megaback.config import Config
+from megaback.planning.search import with_settings
+from megaback.rehearsal.report import Ownership, RankReport, RowsCheck
 from tests.helpers.tiny_run import tiny_config
 
 
@@ -67,6 +69,38 @@ def test_a_rank_is_rehearsed_beside_the_plan_of_the_shortened_model(
     assert problems_between([report, report]) == []
     other = replace(report, rank=1, ownership=replace(report.ownership, max_weights=1))
     assert problems_between([report, other]) == ["ranks 0 and 1 partition the weights differently"]
+
+
+def test_rows_that_ranks_share_and_weights_that_every_node_has_are_reported_as_such(
+    tiny_shards: Path,
+) -> None:
+    config = Config.model_validate(tiny_config(tiny_shards))
+    owned = Ownership(
+        parameters=100,
+        min_weights=20,
+        max_weights=30,
+        matrices=3,
+        ranks_without_matrices=1,
+        first_without_matrices=3,
+        problems=(),
+    )
+
+    def shown(**settings: object) -> list[str]:
+        changed = with_settings(config, {key.replace("__", "."): settings[key] for key in settings})
+        return [*shown_checks(owned, RowsCheck(steps=2, rows_per_step=8, problems=()), changed)]
+
+    rows = "rows     8 of each of 2 steps, each read by "
+    assert shown() == [
+        f"{rows}one rank",
+        "weights  100, each updated by one rank: 20 to 30 per rank",
+        "Muon     3 matrices; 1 ranks orthogonalize none",
+    ]
+    assert shown(batch__sequence_parallel=2, zero__hierarchical=True) == [
+        f"{rows}2 ranks, each of which trains on a part of it",
+        "weights  100, each updated by one rank of each node: 20 to 30 per rank",
+        "Muon     3 matrices; 1 ranks of each node orthogonalize none",
+    ]
+    assert shown(zero__hierarchical=True, zero__stage=3) == shown()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from data_pipeline.errors import LaunchError
-from megaback.distributed.rendezvous import is_loopback, listen, name_rank
+from megaback.distributed.rendezvous import is_loopback, listen, name_rank, ranks_per_node
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEP = {
@@ -95,3 +95,15 @@ def test_the_port_of_a_step_does_not_follow_from_its_ids(
     assert meeting_of(monkeypatch, MASTER_PORT="1234")[1] == 1234
     steps = Counter(meeting_of(monkeypatch, SLURM_STEP_ID=str(step))[1] for step in range(50))
     assert max(steps.values()) == 1
+
+
+@pytest.mark.parametrize("value", ["", "0", "-2", "two"])
+def test_a_rank_that_does_not_know_the_number_on_its_node_is_refused(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_SIZE", value)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+    with pytest.raises(LaunchError, match=r"rank 3 does not know how many ranks .*set LOCAL_SIZE"):
+        ranks_per_node()
