@@ -72,10 +72,12 @@ class BranchPoint:
     text_format: dict[str, str]
     data: str | None = None
     """The trunk's data sets and their fingerprint, for records; None in earlier versions."""
+    updates: int = 0
+    """Number of the trunk's updates that the optimizer's state counts; 0 without it."""
 
     def require_plausible(self) -> None:
         """Raises ValueError for values that no run writes."""
-        for name in ("trunk_step", "step", "tokens", "rows"):
+        for name in ("trunk_step", "step", "tokens", "rows", "updates"):
             require_within(name, getattr(self, name), 0, INT64_MAX)
         require_within("order_rows", self.order_rows, 1, INT64_MAX)
         require_sha256("the hash of the trunk's checkpoint", self.sha256)
@@ -168,7 +170,9 @@ def _leave(config: Config, branch_from: Path | str) -> BranchPoint:
         fields, sha256 = read()
         before = _point_of(fields)
         step, trunk = fields["step"], Config.model_validate(fields["config"])
+        updates = fields["updates"] if "optimizer" in config.keep else 0
         require_within("step", step, 0, INT64_MAX)
+        require_within("updates", updates, 0, INT64_MAX)
         fingerprint, text_format = str(fields["data_fingerprint"]), dict(fields["text_format"])
         TextFormat.from_dict(text_format)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -190,6 +194,7 @@ def _leave(config: Config, branch_from: Path | str) -> BranchPoint:
         data_fingerprint=fingerprint,
         text_format=text_format,
         data=trunk.data.with_fingerprint(fingerprint),
+        updates=updates,
     )
     _require_fit(config, trunk, point)
     if has_data and config.data.depends_on_length:

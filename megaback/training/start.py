@@ -54,7 +54,8 @@ def already_trained(
         reason, advice = end_reason, "raise max_epochs to continue"
     else:
         reason = "trained to the end"
-    if ending.get("code") == NonFiniteError.exit_code and not meta.updates:
+    before = 0 if meta.branch is None else meta.branch.updates
+    if ending.get("code") == NonFiniteError.exit_code and meta.updates == before:
         raise NonFiniteError(str(ending.get("reason")))
     has_finished = ending.get("code") == 0
     return AlreadyTrained(

@@ -150,7 +150,9 @@ class Trainer:
         self._checkpoints.drain(self._saved_step)
         self._world.stop_if_any(self._log_error)
         updates = self._world.gather(num_updates(run.engine), int)
-        require_updates(max(updates), run.data.total_steps)
+        branch = run.data.branch
+        before = (0, 0) if branch is None else (branch.updates, branch.step)
+        require_updates(max(updates) - before[0], run.data.total_steps - before[1])
         stopped = self._early_stopping.is_exhausted
         reason = self._early_stopping.reason if stopped else run.data.mixed.end_reason
         if reason is None:

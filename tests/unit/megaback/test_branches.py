@@ -29,6 +29,7 @@ def saved(config: Config, step: int, branch: BranchPoint | None = None) -> Path:
     target.mkdir(parents=True)
     fields = {
         "step": step,
+        "updates": step - 1,
         "config": config.model_dump(mode="json"),
         "data_fingerprint": "f" * 64,
         "text_format": FORMAT,
@@ -57,6 +58,7 @@ def test_a_branch_continues_steps_tokens_and_rows_of_the_named_checkpoint(tmp_pa
     assert point is not None
     assert (point.trunk_step, point.step, point.kept) == (10, 10, ALL_KEPT)
     assert (point.rows, point.tokens, point.order_rows) == (40, 40 * 64, 4)
+    assert point.updates == 9
     assert point.sha256 == hashlib.sha256((target / META_NAME).read_bytes()).hexdigest()
 
 

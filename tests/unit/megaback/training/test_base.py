@@ -84,7 +84,7 @@ def test_copies_in_a_folder_are_read_where_they_are(
 ) -> None:
     fsspec.filesystem("memory").get("/bucket/runs/trunk", str(tmp_path / "copies"), recursive=True)
     (tmp_path / "copies/skipped_steps.json").write_text("[[5, 5]]")
-    config = config_of(branch_from=f"file://{tmp_path}/copies", training={"steps": 5})
+    config = config_of(branch_from=f"file://{tmp_path}/copies", training={"steps": 6})
 
     train(config, training_world)
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import NonFiniteError
+from megaback.branches import BranchPoint
 from megaback.checkpoints.checkpoint import CheckpointMeta
+from megaback.config import ALL_KEPT
 from megaback.faults.exit_record import record_exit
 from megaback.training.start import already_trained, changes_on_resume, describe_changes
 from tests.helpers.run_config import run_config
@@ -59,8 +61,22 @@ def test_a_run_whose_last_step_is_saved_is_trained_to_the_end(
 def test_a_run_that_ended_without_an_update_ends_so_again(tmp_path: Path) -> None:
     record_exit(tmp_path, NonFiniteError.exit_code, "NonFiniteError", "nothing was learned")
 
-    with pytest.raises(NonFiniteError, match="nothing was learned"):
-        already_trained(config_of(tmp_path), replace(meta_at(STEPS), updates=0), STEPS)
+    point = BranchPoint(
+        checkpoint="trunk",
+        sha256="0" * 64,
+        trunk_step=5,
+        kept=ALL_KEPT,
+        step=5,
+        tokens=0,
+        rows=0,
+        order_rows=4,
+        data_fingerprint="",
+        text_format={},
+        updates=5,
+    )
+    for fields in ({"updates": 0}, {"updates": 5, "branch": point}):
+        with pytest.raises(NonFiniteError, match="nothing was learned"):
+            already_trained(config_of(tmp_path), replace(meta_at(STEPS), **fields), STEPS)
     left = already_trained(config_of(tmp_path), meta_at(STEPS), STEPS)  # cut before the error
     assert left is not None
     assert left.reason == "trained to the end"

@@ -113,6 +113,22 @@ def test_a_run_that_skipped_every_step_has_learned_nothing(
     assert find_checkpoint(config.run)[1].updates == 0
 
 
+def test_a_branch_that_skipped_every_step_has_learned_nothing(
+    config_of: Configs, training_world: World
+) -> None:
+    trunk = config_of("trunk", training={"steps": 1})
+    train(trunk, training_world)
+    config = config_of(training={"steps": 2}, branch_from=trunk.run)
+    with trainer_of(config, training_world) as (trainer, run):
+        at_forward(run, 1, lambda output: output * torch.nan)
+        with pytest.raises(NonFiniteError, match=r"all steps \(1\) were skipped, so nothing was"):
+            trainer.train()
+
+    meta = find_checkpoint(config.run)[1]
+    assert meta.branch is not None
+    assert meta.updates == meta.branch.updates == 1
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_with_a_non_finite_gradient_changes_no_weights(
     stage: int, config_of: Configs, training_world: World
