@@ -1,6 +1,10 @@
 """Gathers of ZeRO 3 by the sizes of the weights."""
 
+import pytest
+
 from megaback.config import ModelSection
+from megaback.planning import weight_gathers as module
+from megaback.planning.memory import bucket_elements
 from megaback.planning.parameters import Parameters
 from megaback.planning.weight_gathers import persistent, weight_gathers
 
@@ -40,3 +44,32 @@ def test_weights_of_a_large_model_are_gathered_again_for_the_backward_pass() -> 
     buckets = sum(one.elements for one in Parameters.of(*LARGE).in_order) / 500_000_000
     assert buckets * 0.9 < found.whole < 40 * buckets
     assert 0 < found.again <= 2 * found.whole
+
+
+@pytest.mark.parametrize(
+    ("max_gathered", "max_reuse", "recomputes", "counted"),
+    [
+        (8_000_000, 8_000_000, False, (22, 62)),
+        (6_000_000, 9_000_000, True, (28, 26)),
+    ],
+)
+def test_weights_that_do_not_stay_gathered_are_gathered_as_deepspeed_does(
+    monkeypatch: pytest.MonkeyPatch,
+    max_gathered: int,
+    max_reuse: int,
+    recomputes: bool,
+    counted: tuple[int, int],
+) -> None:
+    """Counted in rehearsals with DeepSpeed's limits at these: 2 micro-batches, and 1."""
+    monkeypatch.setattr(module, "_MAX_GATHERED_ELEMENTS", max_gathered)
+    monkeypatch.setattr(module, "_MAX_REUSE_ELEMENTS", max_reuse)
+    model = ModelSection(num_layers=6, width=512, num_heads=4), 600
+    bucket = bucket_elements(sum(one.elements for one in Parameters.of(*model).in_order))
+
+    found, later = (
+        weight_gathers.__wrapped__(*model, bucket, is_first=is_first, recomputes=recomputes)
+        for is_first in (True, False)
+    )
+
+    again = found.again if recomputes else found.again + later.again
+    assert (found.whole, again) == counted
