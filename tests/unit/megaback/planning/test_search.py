@@ -193,27 +193,16 @@ def test_of_equally_fast_settings_the_one_with_fewer_changes_is_first() -> None:
     assert "zero.stage" not in found.fastest[0].changes
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides", "nodes"),
-    [
-        ("xcoax_100bt", ("hardware.device=cuda", "batch.micro_batch_rows=16"), 1),
-        ("reverse_1b", ("training.activation_checkpointing=none",), 1),
-        (
-            "reverse_7b",
-            ("training.activation_checkpointing=none", "zero.reduction=reduce"),
-            8,
-        ),
-    ],
-)
-def test_a_config_within_a_percent_of_the_fastest_settings_stays(
-    name: str, overrides: tuple[str, ...], nodes: int
-) -> None:
-    found = search(config_of(name, *overrides), FACTS, cluster_of(nodes), count=1000)
+@pytest.mark.parametrize("name", ["xcoax_100bt", "reverse_1b"])
+def test_a_config_within_a_percent_of_the_fastest_settings_stays(name: str) -> None:
+    cluster = cluster_of(1)
+    found = search(config_of(name, "hardware.device=cuda"), FACTS, cluster, count=1000).fastest
+    fastest_s = min(one.time.total_s for one in found)
+    tied = [one for one in found if 1.003 < one.time.total_s / fastest_s < 1.0099]
 
-    fastest_s = min(one.time.total_s for one in found.fastest)
-    assert found.given is not None
-    assert 1.004 < found.given.time.total_s / fastest_s < 1.01
-    assert found.fastest[0].changes == {}
+    assert tied
+    for one in tied:
+        assert search(one.config, FACTS, cluster).fastest[0].changes == {}
 
 
 def test_if_nothing_fits_the_nearest_settings_and_enough_nodes_are_named() -> None:
