@@ -340,10 +340,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _equal_heads(self) -> "Config":
+    def _shared_rows(self) -> "Config":
         problem = unequal_heads(self.batch, self.model.num_heads, self.model.kv_heads)
         if problem is not None:
             raise ValueError(problem)
+        if self.batch.sequence_parallel > 1 and self.data.on_bad_frame == "skip":
+            raise ValueError(
+                "batch.sequence_parallel and data.on_bad_frame skip exclude each other, as a frame "
+                "that only one of the ranks that share a row cannot read would give them different "
+                "rows; set data.on_bad_frame to stop"
+            )
         return self
 
     @property

@@ -129,7 +129,8 @@ class DataSection(Section):
     """Number of threads that decode frames ahead of the training step; 0: on demand. Changes no
     batch."""
     on_bad_frame: Literal["stop", "skip"] = "stop"
-    """Action on a frame that cannot be read. stop: end the run; skip: skip, count and log it."""
+    """Action on a frame that cannot be read. stop: end the run; skip: skip, count and log it.
+    Not with batch.sequence_parallel."""
     cache: Path | None = None
     """Folder, used for nothing else, that caches frames of remote shards: each is fetched once."""
     cache_gb: Annotated[float, ranges.QUANTITY] = 100.0

@@ -49,6 +49,7 @@ def row_shares(config: Config, ranks: int, ranks_per_node: int) -> list[int]:
         batch = config.batch.model_copy(update={"sequence_parallel": parts})
         if parts != given and (
             (parts > 1 and batch.part_tokens < _MIN_PART_TOKENS)
+            or (parts > 1 and config.data.on_bad_frame == "skip")
             or ranks_per_node % parts
             or batch.context_tokens % parts
             or unequal_heads(batch, shape.num_heads, shape.kv_heads) is not None

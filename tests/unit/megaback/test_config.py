@@ -377,6 +377,16 @@ def test_heads_and_tokens_that_cannot_be_divided_are_refused(
         assert key in message
 
 
+def test_ranks_that_share_rows_skip_no_bad_frames(tmp_path: Path) -> None:
+    batch = {**SMALL["batch"], "sequence_parallel": 2}
+    data = {**SMALL["data"], "on_bad_frame": "skip"}
+
+    message = refusal(write_config(tmp_path, {**SMALL, "batch": batch, "data": data}))
+
+    assert "batch.sequence_parallel and data.on_bad_frame skip" in message
+    assert "set data.on_bad_frame to stop" in message
+
+
 @given(global_rows=st.integers(1, 4096), world_size=st.integers(1, 512))
 def test_the_error_for_an_indivisible_batch_suggests_a_divisible_one(
     global_rows: int, world_size: int

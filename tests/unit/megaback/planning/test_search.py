@@ -15,7 +15,7 @@ from megaback.config_file import load_config
 from megaback.planning.data_facts import RunFacts
 from megaback.planning.devices import cpu_device, find_device
 from megaback.planning.plan import fits, plan_run
-from megaback.planning.run_settings import Cluster, batch_of
+from megaback.planning.run_settings import Cluster, batch_of, row_shares
 from megaback.planning.search import as_overrides, search, variants, with_settings
 from tests.helpers.paths import ROOT
 
@@ -156,6 +156,14 @@ def test_ranks_that_do_not_divide_a_batch_of_long_rows_may_share_them() -> None:
 
     assert found.given is None
     assert {one.changes["batch.sequence_parallel"] for one in found.fastest} <= {4, 8}
+
+
+def test_ranks_share_no_rows_of_which_bad_frames_are_skipped() -> None:
+    config = config_of("reverse_7b", "batch.context_tokens=131072")
+    skipping = config_of("reverse_7b", "batch.context_tokens=131072", "data.on_bad_frame=skip")
+
+    assert len(row_shares(config, 64, 8)) > 1
+    assert row_shares(skipping, 64, 8) == [1]
 
 
 def test_sharding_by_node_is_tried_on_several_nodes_without_offload() -> None:
