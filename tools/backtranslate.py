@@ -37,6 +37,7 @@ from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction
 from tools.backtranslation.example_selection import Choice, different_texts
 from tools.backtranslation.proposals import BackTranslator, RoundTripScorer, Text
+from tools.backtranslation.row_forms import FORMS, Form
 from tools.model_options import (
     cuda_graphs_option,
     device_option,
@@ -130,7 +131,7 @@ def _do_task(
 def _write(output: ResumableOutput, choice: Choice, overwrite: bool) -> None:
     counts: Counter[str] = Counter()
     rows = choice.examples(output.results, counts)
-    output.write(rows, overwrite=overwrite, differs="with another --keep or --min-score")
+    output.write(rows, overwrite=overwrite, differs="with another --keep, --min-score or --form")
     texts, examples = counts.pop("texts", 0), counts.pop("examples", 0)
     click.echo(f"{output.out}: {examples:,} examples from {texts:,} texts")
     for why, count in sorted(counts.items()):
@@ -144,6 +145,7 @@ def _write(output: ResumableOutput, choice: Choice, overwrite: bool) -> None:
         "megaback backtranslate models/backchat --in texts.jsonl --out sft.jsonl",
         "megaback backtranslate models/backchat --in 'books/*.jsonl.zst' --out sft.jsonl "
         "-n 8 --keep 2 --forward models/answers",
+        "megaback backtranslate models/backchat --in texts.jsonl --out sft.jsonl --form messages",
     ),
 )
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
@@ -176,6 +178,14 @@ def _write(output: ResumableOutput, choice: Choice, overwrite: bool) -> None:
     type=NUMBER.option,
     help="Minimum score of an instruction, in nats per token; others are excluded. Default: none.",
 )
+@click.option(
+    "--form",
+    type=click.Choice(FORMS),
+    default="alpaca",
+    show_default=True,
+    help="Columns of the rows: instruction, input and output; messages of a user and an assistant; "
+    "or prompt and completion.",
+)
 @max_new_tokens_option(128, "instruction")
 @temperature_option
 @top_k_option
@@ -204,6 +214,7 @@ def main(
     num_samples: int,
     keep: int,
     min_score: float | None,
+    form: Form,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
@@ -219,7 +230,7 @@ def main(
 ) -> None:
     """Generate instructions for texts with the fine-tuned backward model in DIR.
 
-    Run the same command again to resume. --keep and --min-score may be changed afterwards.
+    Run the same command again to resume. --keep, --min-score and --form may be changed afterwards.
     """
     from megaback.weights.model_folder import read_description
 
@@ -268,7 +279,7 @@ def main(
             texts = _texts(pieces, columns, limit, max_record_bytes)
             _do_task(output, task, texts, batch_size, translator)
     if output.is_complete():
-        _write(output, Choice(keep, min_score), overwrite)
+        _write(output, Choice(keep, min_score, form), overwrite)
 
 
 if __name__ == "__main__":

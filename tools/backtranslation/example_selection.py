@@ -7,6 +7,7 @@ from hashlib import blake2b
 from typing import Any
 
 from tools.backtranslation.proposals import Text
+from tools.backtranslation.row_forms import Form, example_columns
 
 Record = dict[str, Any]
 """A text with its proposals: see `BackTranslator.records`."""
@@ -29,11 +30,12 @@ class Choice:
 
     keep: int = 1
     min_score: float | None = None
+    form: Form = "alpaca"
 
     def examples(
         self, records: Callable[[], Iterable[Record]], counts: Counter[str]
     ) -> Iterator[Record]:
-        """Rows in Alpaca's columns, in the order of the texts; outcomes are added to `counts`.
+        """Rows of `form`, in the order of the texts; outcomes are added to `counts`.
 
         The records are read twice: an instruction proposed for several texts is assigned to the
         one for which it has the highest score.
@@ -54,7 +56,7 @@ class Choice:
                     counts["the instruction fits another text better"] += 1
                 else:
                     counts["examples"] += 1
-                    yield _example(record, proposal)
+                    yield self._example(record, proposal)
 
     def _passing(self, record: Record) -> list[Record]:
         return [
@@ -63,22 +65,19 @@ class Choice:
             if self.min_score is None or proposal["score"] >= self.min_score
         ]
 
+    def _example(self, record: Record, proposal: Record) -> Record:
+        known = {name: value for name, value in proposal.items() if value is not None}
+        return {
+            **example_columns(self.form, known.pop("instruction"), record["text"]),
+            **known,
+            "source": record["position"],
+        }
+
 
 def _rank(record: Record, proposal: Record) -> tuple[bytes, tuple[float, int]]:
     """Digest of an instruction, ignoring case and whitespace, and its rank; lower is better."""
     same = " ".join(proposal["instruction"].casefold().split())
     return _digest(same), (-proposal["score"], record["index"])
-
-
-def _example(record: Record, proposal: Record) -> Record:
-    known = {name: value for name, value in proposal.items() if value is not None}
-    return {
-        "instruction": known.pop("instruction"),
-        "input": "",
-        "output": record["text"],
-        **known,
-        "source": record["position"],
-    }
 
 
 def _digest(text: str) -> bytes:

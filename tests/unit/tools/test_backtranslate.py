@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from data_pipeline.common.locks import locked
 from data_pipeline.errors import OutputExistsError
+from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction, TextCodec
 from megaback.inference.likelihood import Continuation, log_probabilities
@@ -190,6 +191,33 @@ def test_the_selection_can_be_changed_afterwards(translate: Translate, tmp_path:
 
     assert "below --min-score" in result.output
     assert rows_of(tmp_path / "out.jsonl") == [row for row in before if row["score"] >= minimum]
+
+
+@pytest.mark.parametrize(
+    ("form", "columns"),
+    [
+        ("messages", ExampleColumns()),
+        ("prompt-completion", ExampleColumns.parse("instruction=prompt,output=completion")),
+    ],
+)
+def test_another_form_has_the_same_examples_and_replaces_the_output_only_if_asked(
+    form: str, columns: ExampleColumns, translate: Translate, expected: bytes, tmp_path: Path
+) -> None:
+    out = tmp_path / "expected.jsonl"
+    refused = translate("--form", form, out=out)
+    assert (refused.exit_code, "--min-score or --form" in refused.output) == (44, True)
+    assert out.read_bytes() == expected
+    alpaca = rows_of(out)
+
+    assert translate("--form", form, "--overwrite", out=out).exit_code == 0
+
+    rows = rows_of(out)
+    assert "instruction" not in rows[0]
+    for row, known in zip(rows, alpaca, strict=True):
+        assert columns.examples(row, "row") == ExampleColumns().examples(known, "row")
+        assert (row["score"], row["source"]) == (known["score"], known["source"])
+    assert translate("--form", "alpaca", "--overwrite", out=out).exit_code == 0
+    assert out.read_bytes() == expected
 
 
 def test_conflicting_inputs_are_refused_and_nothing_is_lost(
