@@ -140,7 +140,7 @@ def main(layers: int, width: int, heads: int, max_new_tokens: int, turns: int) -
             uncached = uncached_seconds(model, rows, max_new_tokens)
             weight_bytes = (parameters - VOCAB_SIZE * width) * dtype.itemsize
             length = GIVEN_TOKENS + max_new_tokens / 2
-            cached = 2 * layers * shape.kv_heads * shape.head_dim * decoder.cache_dtype.itemsize
+            cached = 2 * layers * shape.kv_width * decoder.cache_dtype.itemsize
             bound = max_new_tokens * (weight_bytes + rows * length * cached) / bytes_per_s
             written = rows * max_new_tokens
             print(

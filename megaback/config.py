@@ -33,10 +33,13 @@ class ModelSection(Section):
     width: Annotated[int, ranges.SIZE]
     """Size of the residual stream, in channels (hidden size)."""
     num_heads: Annotated[int, ranges.SIZE]
-    """Number of query heads; divides width, and the quotient is the head size, an even number."""
+    """Number of query heads."""
     num_kv_heads: Annotated[int, ranges.SIZE] | None = None
     """Number of key and value heads, each shared by num_heads / num_kv_heads query heads. Default:
     num_heads."""
+    head_dim: Annotated[int, ranges.SIZE] | None = None
+    """Size of each head, in channels, an even number; queries have num_heads * head_dim channels.
+    Default: width / num_heads, which must be a whole number then."""
     mlp_width: Annotated[int, ranges.SIZE] | None = None
     """Size of the MLP's hidden layer, in channels. Default: 8/3 of the width, rounded up to a
     multiple of 64."""
@@ -46,6 +49,16 @@ class ModelSection(Section):
     """Weight tying: lm_head and the input embeddings are one matrix."""
     rope_theta: Annotated[float, ranges.POSITIVE] = 10_000.0
     """Base of the rotary position embeddings' frequencies."""
+    rope_scaling_factor: Annotated[float, ranges.POSITIVE] = 1.0
+    """Factor by which the scaling of Llama 3.1 divides low rotary frequencies; 1: no scaling."""
+    rope_low_frequency_factor: Annotated[float, ranges.POSITIVE] = 1.0
+    """Number of periods in rope_original_context_tokens up to which a frequency is divided by the
+    whole rope_scaling_factor."""
+    rope_high_frequency_factor: Annotated[float, ranges.POSITIVE] = 4.0
+    """Number of periods in rope_original_context_tokens from which a frequency is not divided;
+    below it, the divisor is interpolated."""
+    rope_original_context_tokens: Annotated[int, ranges.CONTEXT] = 8192
+    """Context for which a model was trained before its rotary positions were scaled, in tokens."""
     norm_epsilon: Annotated[float, ranges.POSITIVE] = 1e-5
     """Epsilon of every RMSNorm, added to the mean square."""
     zero_output_projections: bool = False
@@ -56,19 +69,27 @@ class ModelSection(Section):
     embeddings."""
     base_width: Annotated[int, ranges.SIZE] | None = None
     """Width at which learning rates and weight decay were tuned, in channels, to transfer them to
-    this model's width (muP). Default: no transfer. Not with tied embeddings."""
+    this model's width (muP), if num_heads * head_dim grew with the width. Default: no transfer.
+    Not with tied embeddings."""
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelSection":
-        if self.width % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide width {self.width}")
-        if self.head_dim % 2:
+        if self.head_dim is None and self.width % self.num_heads:
             raise ValueError(
-                f"width / num_heads is {self.head_dim}; rotary positions need an even number"
+                f"num_heads {self.num_heads} does not divide width {self.width}; change one of "
+                "them, or set head_dim"
             )
+        if self.head_size % 2:
+            key = "width / num_heads" if self.head_dim is None else "head_dim"
+            raise ValueError(f"{key} is {self.head_size}; rotary positions need an even number")
         if self.num_heads % self.kv_heads:
             raise ValueError(
                 f"num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}"
+            )
+        if self.rope_low_frequency_factor >= self.rope_high_frequency_factor:
+            raise ValueError(
+                f"rope_low_frequency_factor {self.rope_low_frequency_factor:g} is not below "
+                f"rope_high_frequency_factor {self.rope_high_frequency_factor:g}"
             )
         if self.tie_embeddings and (self.base_width is not None or self.zero_head):
             key = "base_width" if self.base_width is not None else "zero_head"
@@ -80,7 +101,11 @@ class ModelSection(Section):
 
     def resolved(self) -> "ModelSection":
         """The same model with all defaults explicit."""
-        explicit = {"num_kv_heads": self.kv_heads, "mlp_width": self.hidden_mlp_width}
+        explicit = {
+            "num_kv_heads": self.kv_heads,
+            "head_dim": self.head_size,
+            "mlp_width": self.hidden_mlp_width,
+        }
         return self.model_copy(update=explicit)
 
     def architecture(self) -> dict[str, Any]:
@@ -89,12 +114,23 @@ class ModelSection(Section):
         return self.resolved().model_dump(mode="json", exclude=of_learning)
 
     @property
-    def head_dim(self) -> int:
-        return self.width // self.num_heads
+    def head_size(self) -> int:
+        """Channels of a head."""
+        return self.head_dim or self.width // self.num_heads
+
+    @property
+    def query_width(self) -> int:
+        """Channels of all query heads."""
+        return self.num_heads * self.head_size
 
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of all key heads."""
+        return self.kv_heads * self.head_size
 
     @property
     def hidden_mlp_width(self) -> int:

@@ -116,7 +116,7 @@ class Stepper:
         """An engine with the initial weights of a run of this config."""
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         attention = choose_attention(
-            config.hardware.attention, world.device, dtype, config.model.head_dim
+            config.hardware.attention, world.device, dtype, config.model.head_size
         )
         # Weights are replaced; on a GPU they are made faster.
         with world.device:

@@ -23,7 +23,8 @@ from megaback.inference.kv_cache import CacheView, KeyValueCache, LayerState
 from megaback.inference.steps import Steps
 from megaback.inference.token_scores import ScoredToken, packed_scores, scored_token
 from megaback.model.compiler import require_compiler
-from megaback.model.gpt import Attention, Block, ReverseGPT, Rotary
+from megaback.model.gpt import Attention, Block, ReverseGPT
+from megaback.model.rotary import Rotary
 from megaback.weights.model_folder import ModelDescription, load_model_folder
 
 _LOG = logging.getLogger("megaback.inference")
@@ -92,10 +93,10 @@ class Decoder:
                 _release_weights(block)
         self._norm_D = model.model.norm.weight.detach()
         positions = torch.arange(context_tokens, device=self.device)
-        rotary = Rotary.at(positions, self.shape.head_dim, self.shape.rope_theta)
+        rotary = Rotary.at(positions, self.shape)
         # Rotation adds the other half, times a sine that is negative for the first half.
-        signs_E = torch.ones(self.shape.head_dim, device=self.device)
-        signs_E[: self.shape.head_dim // 2] = -1
+        signs_E = torch.ones(self.shape.head_size, device=self.device)
+        signs_E[: self.shape.head_size // 2] = -1
         self._rotation = (rotary.cos_T1E, rotary.sin_T1E * signs_E)
         if compiled:
             require_compiler(self.device.type, "`compiled`")
@@ -120,7 +121,7 @@ class Decoder:
             num_rows,
             shape.kv_heads,
             self.context_tokens,
-            shape.head_dim,
+            shape.head_size,
             self.cache_dtype,
             self.device,
         )
@@ -136,7 +137,7 @@ class Decoder:
             return _causal(query_NHE, key_NKE, value_NKE)
 
         if not ids:
-            nothing = torch.zeros(self.shape.kv_heads, 0, self.shape.head_dim, device=self.device)
+            nothing = torch.zeros(self.shape.kv_heads, 0, self.shape.head_size, device=self.device)
             return [(nothing, nothing)] * self.shape.num_layers
         yield from self._row_steps(ids, attend)
         return kept
@@ -183,7 +184,7 @@ class Decoder:
             keys_BKSE[view.place] = key_BKE.to(self.cache_dtype)
             values_BKSE[view.place] = value_BKE.to(self.cache_dtype)
             # Queries that share a key head take the place of a sequence of queries.
-            query_BKGE = query_BHE.reshape(len(key_BKE), key_BKE.shape[1], -1, self.shape.head_dim)
+            query_BKGE = query_BHE.reshape(len(key_BKE), key_BKE.shape[1], -1, self.shape.head_size)
             attended_BKGE = F.scaled_dot_product_attention(
                 query_BKGE.to(self.cache_dtype), keys_BKSE, values_BKSE, attn_mask=view.visible
             )
@@ -221,12 +222,12 @@ class Decoder:
         cos_N1E, sin_N1E = rotation
         normed_ND = _normed(hidden_ND, layer.attention_norm_D, epsilon)
         projected_ND = layer.query_key_value(normed_ND)
-        projected_NHE = projected_ND.view(len(hidden_ND), -1, shape.head_dim)
+        projected_NHE = projected_ND.view(len(hidden_ND), -1, shape.head_size)
         rotated_NHE = projected_NHE[:, :num_rotated]
         if layer.query_key_norm_HE is not None:
             rotated_NHE = _normed(rotated_NHE, layer.query_key_norm_HE, epsilon)
         rotated_NHE = rotated_NHE.float()
-        swapped_NHE = rotated_NHE.roll(shape.head_dim // 2, dims=-1)
+        swapped_NHE = rotated_NHE.roll(shape.head_size // 2, dims=-1)
         rotated_NHE = torch.addcmul(rotated_NHE * cos_N1E, swapped_NHE, sin_N1E).to(self.dtype)
         query_NHE, key_NKE = rotated_NHE[:, : shape.num_heads], rotated_NHE[:, shape.num_heads :]
         attended_NHE = attend(number, query_NHE, key_NKE, projected_NHE[:, num_rotated:])

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megaback.inference.steps import Steps, finish
 from megaback.model.attention import Segments
-from megaback.model.gpt import ReverseGPT, Rotary
+from megaback.model.gpt import ReverseGPT
+from megaback.model.rotary import Rotary
 from megaback.model.sending import Arriving, sent
 
 _TOKENS_AT_ONCE = 8192
@@ -227,7 +228,7 @@ def _read(model: ReverseGPT, pack: Sequence[Continuation]) -> Steps[Tensor]:
     # Made on the host: on the device, it would be a kernel for each text.
     positions_T = sent(torch.cat([torch.arange(length) for length in lengths]), device)
     segments = Segments.from_lengths(lengths, device)
-    rotary = Rotary.at(positions_T, model.shape.head_dim, model.shape.rope_theta)
+    rotary = Rotary.at(positions_T, model.shape)
     hidden_TD: Tensor = model.model.embed_tokens(ids_T)
     for block in model.model.layers:
         hidden_TD = block(hidden_TD, rotary, segments)

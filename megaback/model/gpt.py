@@ -10,7 +10,6 @@ width, V vocabulary, S segments.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,29 +21,7 @@ from megaback.config import LOSS_CHUNK_TOKENS, ModelSection
 from megaback.model.attention import AttentionBackend, Segments, sdpa_attention
 from megaback.model.mup import initial_weights
 from megaback.model.output_head import OutputHead
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """Cosines and sines of the tokens' rotary positions, each of shape (T, 1, E)."""
-
-    cos_T1E: Tensor
-    sin_T1E: Tensor
-
-    @classmethod
-    def at(cls, positions_T: Tensor, head_dim: int, theta: float) -> "Rotary":
-        """RoPE (Su et al., "RoFormer", 2021) in the half-split layout of Llama, always in fp32."""
-        half = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32)
-        frequencies = theta ** -(half / head_dim)
-        angles_TE = torch.outer(positions_T.float(), frequencies).repeat(1, 2)[:, None, :]
-        return cls(angles_TE.cos(), angles_TE.sin())
-
-    def turn(self, heads_THE: Tensor, dtype: torch.dtype) -> Tensor:
-        """Heads that are rotated, in a dtype."""
-        first, second = heads_THE.float().chunk(2, dim=-1)
-        turned_THE = torch.cat((-second, first), dim=-1)
-        rotated_THE = heads_THE.float() * self.cos_T1E + turned_THE * self.sin_T1E
-        return rotated_THE.to(dtype)
+from megaback.model.rotary import Rotary
 
 
 class Elementwise(Protocol):
@@ -97,16 +74,15 @@ class Attention(nn.Module):
 
     def __init__(self, shape: ModelSection, backend: AttentionBackend) -> None:
         super().__init__()
-        query_width = shape.num_heads * shape.head_dim
-        kv_width = shape.kv_heads * shape.head_dim
-        self.head_dim = shape.head_dim
+        query_width, kv_width = shape.query_width, shape.kv_width
+        self.head_dim = shape.head_size
         self.backend = backend
         self.q_proj = nn.Linear(shape.width, query_width, bias=False)
         self.k_proj = nn.Linear(shape.width, kv_width, bias=False)
         self.v_proj = nn.Linear(shape.width, kv_width, bias=False)
         self.o_proj = nn.Linear(query_width, shape.width, bias=False)
-        self.q_norm = RMSNorm(shape.head_dim, shape.norm_epsilon) if shape.qk_norm else None
-        self.k_norm = RMSNorm(shape.head_dim, shape.norm_epsilon) if shape.qk_norm else None
+        self.q_norm = RMSNorm(shape.head_size, shape.norm_epsilon) if shape.qk_norm else None
+        self.k_norm = RMSNorm(shape.head_size, shape.norm_epsilon) if shape.qk_norm else None
 
     def forward(self, hidden_TD: Tensor, rotary: Rotary, segments: Segments) -> Tensor:
         query_THE = self.q_proj(hidden_TD).unflatten(-1, (-1, self.head_dim))
@@ -222,9 +198,8 @@ class ReverseGPT(nn.Module):
 
     def hidden(self, ids_T: Tensor, positions_T: Tensor, segments: Segments) -> Tensor:
         """Hidden states after the final norm: shape (T, D)."""
-        shape = self.shape
         hidden_TD: Tensor = self.model.embed_tokens(ids_T)
-        rotary = Rotary.at(positions_T, shape.head_dim, shape.rope_theta)
+        rotary = Rotary.at(positions_T, self.shape)
         for block in self.model.layers:
             if self.activation_checkpointing == "block" and self.training:
                 hidden_TD = checkpoint(

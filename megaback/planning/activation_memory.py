@@ -44,7 +44,7 @@ def activations_of(
     size = 4 if arithmetic == "fp32" else 2
     stream = _FP32 if arithmetic == "autocast" else size
     recomputed = checkpointing == "selective"
-    throughout = 2 * _FP32 * shape.head_dim + 8 + 8  # rotary positions, ids and targets
+    throughout = 2 * _FP32 * shape.head_size + 8 + 8  # rotary positions, ids and targets
     # Most is allocated where the product of the MLP's gate has its gradient and those of both
     # factors, and the product is not needed any more.
     work = 2.0 * size * shape.hidden_mlp_width
@@ -128,7 +128,7 @@ def _block(
     """Bytes per token that a block saves."""
     size = 4 if arithmetic == "fp32" else 2
     width, mlp_width = shape.width, shape.hidden_mlp_width
-    kv_width = shape.kv_heads * shape.head_dim
+    query_width, kv_width = shape.query_width, shape.kv_width
     if checkpointing == "block":
         return (_FP32 if arithmetic == "autocast" else size) * width
     recomputed = checkpointing == "selective"
@@ -138,20 +138,20 @@ def _block(
     inputs = sum(copies) * size * width
     heads = 0.0
     if shape.qk_norm:
-        heads += _head_norm(width, shape.num_heads, arithmetic, recomputed=recomputed)
+        heads += _head_norm(query_width, shape.num_heads, arithmetic, recomputed=recomputed)
         heads += _head_norm(kv_width, shape.kv_heads, arithmetic, recomputed=recomputed)
     if recomputed:  # inputs of the rotary embedding; fp32 after a norm in autocast
         turned = _FP32 if arithmetic == "autocast" and shape.qk_norm else size
-        heads += turned * (width + kv_width)
+        heads += turned * (query_width + kv_width)
     # sdpa repeats keys and values for the query heads that share them, and its result is copied
     # into token order.
     if attention == "sdpa":
-        attended = size * (3 * width + 2 * width)
+        attended = size * 5 * query_width
     else:
         # Ranks that share a key head have copies, and get the result as another tensor.
         repeats = max(sequence_parallel // shape.kv_heads, 1)
         results = 2 if sequence_parallel > 1 else 1
-        attended = size * (width + 2 * repeats * kv_width + results * width)
+        attended = size * ((1 + results) * query_width + 2 * repeats * kv_width)
     attended += _FP32 * shape.num_heads
     mlp = size * mlp_width * (3 if recomputed else 4)
     return norms + inputs + heads + attended + mlp

@@ -31,11 +31,10 @@ class ModelSize:
 
     @classmethod
     def of(cls, shape: ModelSection, vocab_size: int) -> "ModelSize":
-        width, query_width = shape.width, shape.num_heads * shape.head_dim
-        kv_width = shape.kv_heads * shape.head_dim
-        attention = 2 * width * query_width + 2 * width * kv_width
+        width = shape.width
+        attention = 2 * width * shape.query_width + 2 * width * shape.kv_width
         mlp = 3 * width * shape.hidden_mlp_width
-        norms_per_block = 2 * width + (2 * shape.head_dim if shape.qk_norm else 0)
+        norms_per_block = 2 * width + (2 * shape.head_size if shape.qk_norm else 0)
         return cls(
             embedding=vocab_size * width,
             head=0 if shape.tie_embeddings else vocab_size * width,
@@ -47,7 +46,7 @@ class ModelSize:
 def flops_per_token(shape: ModelSection, vocab_size: int, attended_tokens: float) -> float:
     """FLOPs of a training step per token, with a mean of `attended_tokens` attended tokens."""
     multiplying = ModelSize.of(shape, vocab_size).matrices + vocab_size * shape.width
-    attention = 12 * shape.num_layers * shape.num_heads * shape.head_dim * attended_tokens
+    attention = 12 * shape.num_layers * shape.query_width * attended_tokens
     return 6.0 * multiplying + attention
 
 

@@ -41,8 +41,8 @@ class MatrixShare:
 
 def matrices_of(shape: ModelSection) -> tuple[MatrixShape, ...]:
     """Shapes of the matrices of all blocks, in the model's order."""
-    width, kv_width = shape.width, shape.kv_heads * shape.head_dim
-    query_width, mlp_width = shape.num_heads * shape.head_dim, shape.hidden_mlp_width
+    width, kv_width = shape.width, shape.kv_width
+    query_width, mlp_width = shape.query_width, shape.hidden_mlp_width
     block = (
         (query_width, width),
         (kv_width, width),

@@ -155,7 +155,7 @@ def _model_choices(run: SizedRun, data: DataSummary) -> Iterator[Choice]:
         shape.width,
         f"{aspect:.0f} times the depth: 32 in small models here, 64 to 128 in OLMo-core's ladder",
     )
-    yield Choice("model.num_heads", shape.num_heads, f"heads of {shape.head_dim}")
+    yield Choice("model.num_heads", shape.num_heads, f"heads of {shape.head_size}")
     if shape.tie_embeddings:
         yield Choice(
             "model.tie_embeddings",

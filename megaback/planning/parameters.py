@@ -49,7 +49,7 @@ class Parameters:
                 for name, elements in zip(_MATRICES, sizes, strict=True)
             }
             if shape.qk_norm:
-                by_name |= {name: norm(name, shape.head_dim) for name in ("q_norm", "k_norm")}
+                by_name |= {name: norm(name, shape.head_size) for name in ("q_norm", "k_norm")}
             for name in ("input_layernorm", "post_attention_layernorm"):
                 by_name[name] = norm(name, shape.width)
             order: tuple[str, ...] = ("input_layernorm", *_MATRICES[:4], "q_norm", "k_norm")

@@ -156,6 +156,6 @@ def _attention(config: Config, device: Device) -> Attention:
     can_flash = (
         not device.is_cpu
         and config.training.precision == "bf16"
-        and config.model.head_dim <= _MAX_FLASH_HEAD_DIM
+        and config.model.head_size <= _MAX_FLASH_HEAD_DIM
     )
     return "flash_attn" if can_flash and config.hardware.attention != "sdpa" else "sdpa"

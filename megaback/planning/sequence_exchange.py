@@ -34,7 +34,7 @@ def sequence_exchange(
     passes = 3 if config.training.activation_checkpointing == "block" else 2
     size = 2 if config.training.precision == "bf16" else 4
     tokens = accumulation_steps * micro_rows * config.batch.part_tokens
-    width = size * shape.head_dim * heads
+    width = size * shape.head_size * heads
     return SequenceExchange(
         passes * shape.num_layers * tokens * width * (parts - 1) / parts,
         2 * passes * shape.num_layers * accumulation_steps,

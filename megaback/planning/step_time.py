@@ -114,7 +114,7 @@ def _passes(step: TimedStep, device: Device, memory_rate: float) -> tuple[_Work,
         product_s(tokens, inner, columns)
         for columns, inner in matrices_of(shape.model_copy(update={"num_layers": 1}))
     )
-    attention_flops = 4.0 * shape.num_heads * shape.head_dim * step.attended_tokens * tokens
+    attention_flops = 4.0 * shape.query_width * step.attended_tokens * tokens
     attention = attention_flops / (step.peak_flops * attention_share(device))
     once = layers * (products + attention)
 
@@ -141,8 +141,8 @@ def _elements(shape: ModelSection) -> float:
     Fused as Inductor does: two residual sums with the norms that follow, rotary positions with the
     norms of queries and keys, and SwiGLU.
     """
-    kv_width = shape.kv_heads * shape.head_dim
-    return 2 * 4 * shape.width + 2 * (shape.width + kv_width) + 3 * shape.hidden_mlp_width
+    rotated = shape.query_width + shape.kv_width
+    return 2 * 4 * shape.width + 2 * rotated + 3 * shape.hidden_mlp_width
 
 
 def _update(step: TimedStep, device: Device, memory_rate: float) -> _Work:

@@ -228,7 +228,7 @@ def prepare_run(
 
 def _choose_attention(config: Config, world: World) -> Attention:
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    head_dim = config.model.head_dim
+    head_dim = config.model.head_size
     attention = choose_attention(config.hardware.attention, world.device, dtype, head_dim)
     if world.is_first:
         report_slow_attention(attention, world.device, dtype, head_dim)

@@ -16,6 +16,15 @@ _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _DEFAULT_EPSILON = 1e-6
 _DEFAULT_THETA = 10_000.0
 _QWEN3_HEAD_DIM = 128
+_UNSCALED = {"rope_type": "default"}
+_SCALED_TYPE = "llama3"
+_SCALING = {
+    "factor": "rope_scaling_factor",
+    "low_freq_factor": "rope_low_frequency_factor",
+    "high_freq_factor": "rope_high_frequency_factor",
+    "original_max_position_embeddings": "rope_original_context_tokens",
+}
+"""Fields of scaled rotary positions, and their names in a shape."""
 # Settings that affect the forward pass and are not in a shape, with the only supported values.
 _FIXED = {
     "hidden_act": "silu",
@@ -32,6 +41,10 @@ def to_stock(
 ) -> dict[str, Any]:
     """Fields of config.json for transformers."""
     model_type = _MODEL_TYPES[shape.qk_norm]
+    scaling: dict[str, Any] | None = None
+    if shape.rope_scaling_factor != 1:
+        scaling = {"rope_type": _SCALED_TYPE}
+        scaling |= {theirs: getattr(shape, ours) for theirs, ours in _SCALING.items()}
     return {
         "architectures": [_ARCHITECTURES[model_type]],
         "model_type": model_type,
@@ -41,13 +54,14 @@ def to_stock(
         "num_hidden_layers": shape.num_layers,
         "num_attention_heads": shape.num_heads,
         "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
+        "head_dim": shape.head_size,
         "hidden_act": "silu",
         "max_position_embeddings": context_tokens,
         "rms_norm_eps": shape.norm_epsilon,
-        # transformers 4 reads the first, transformers 5 the second.
+        # transformers 4 reads the first two, transformers 5 the third.
         "rope_theta": shape.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        **({} if scaling is None else {"rope_scaling": scaling}),
+        "rope_parameters": {"rope_theta": shape.rope_theta, **(scaling or _UNSCALED)},
         "tie_word_embeddings": shape.tie_embeddings,
         "attention_bias": False,
         "torch_dtype": dtype,
@@ -88,20 +102,16 @@ def from_stock(fields: dict[str, Any], where: str) -> ModelSection:
         num_heads = checked("num_attention_heads", fields["num_attention_heads"], int)
         default_head_dim = _QWEN3_HEAD_DIM if model_type == "qwen3" else width // num_heads
         head_dim = checked("head_dim", fields.get("head_dim"), int | None) or default_head_dim
-        if head_dim * num_heads != width:
-            raise RunMismatchError(
-                f"{where} has head_dim = {head_dim}; only hidden_size / num_attention_heads = "
-                f"{width // num_heads} is supported"
-            )
         return ModelSection(
             num_layers=fields["num_hidden_layers"],
             width=width,
             num_heads=num_heads,
             num_kv_heads=fields.get("num_key_value_heads") or num_heads,
+            head_dim=head_dim,
             mlp_width=fields["intermediate_size"],
             qk_norm=model_type == "qwen3",
             tie_embeddings=fields.get("tie_word_embeddings", False),
-            rope_theta=_rope_theta(fields, where),
+            **_rotary(fields, where),
             norm_epsilon=fields.get("rms_norm_eps", _DEFAULT_EPSILON),
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -109,14 +119,23 @@ def from_stock(fields: dict[str, Any], where: str) -> ModelSection:
         raise RunMismatchError(f"{where} does not describe a supported model: {reason}") from None
 
 
-def _rope_theta(fields: dict[str, Any], where: str) -> float:
+def _rotary(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """Fields of a shape for rotary positions."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"its rotary positions are {briefly(rope)}")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
+    if kind not in ("default", _SCALED_TYPE):
         raise RunMismatchError(
-            f"{where} has rope_type = {briefly(kind)}; only 'default' is supported"
+            f"{where} has rope_type = {briefly(kind)}; only 'default' and {_SCALED_TYPE!r} are "
+            "supported"
         )
-    theta: float = rope.get("rope_theta", fields.get("rope_theta", _DEFAULT_THETA))
-    return theta
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise RunMismatchError(
+            f"{where} has partial_rotary_factor = {briefly(rope['partial_rotary_factor'])}; only "
+            "1.0 is supported"
+        )
+    theta = rope.get("rope_theta", fields.get("rope_theta", _DEFAULT_THETA))
+    if kind == "default":
+        return {"rope_theta": theta}
+    return {"rope_theta": theta, **{ours: rope[theirs] for theirs, ours in _SCALING.items()}}

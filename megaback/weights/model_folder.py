@@ -355,7 +355,7 @@ def empty_model(
     """A model for inference whose weights are not set yet. Raises NotEnoughMemoryError."""
     if device.type == "cpu":
         _require_memory(folder, description, dtype)
-    attention = choose_attention("auto", device, dtype, description.shape.head_dim)
+    attention = choose_attention("auto", device, dtype, description.shape.head_size)
     _LOG.debug("loading %s to %s as %s, attention by %s", folder, device, dtype, attention.name)
     with torch.device("meta"):
         model = ReverseGPT(description.shape, description.vocab_size, attention.backend)
@@ -370,9 +370,7 @@ def _require_memory(folder: Path, description: ModelDescription, dtype: torch.dt
     shape = description.shape
     numbers = sum(map(prod, shapes_of(shape, description.vocab_size).values()))
     # For each position, rotary cosines and sines, and keys and values of all layers.
-    position_bytes = 4 * (
-        2 * shape.head_dim + 2 * shape.num_layers * shape.kv_heads * shape.head_dim
-    )
+    position_bytes = 4 * (2 * shape.head_size + 2 * shape.num_layers * shape.kv_width)
     needed = numbers * dtype.itemsize + description.context_tokens * position_bytes
     there = host_memory_bytes()
     if needed > there:

@@ -10,6 +10,7 @@ import torch
 
 from data_pipeline.errors import CheckpointCorruptError
 from megaback.config import ModelSection
+from megaback.model.rotary import frequencies
 from megaback.weights.weight_files import StoredWeights
 
 HEAD_NAME = "lm_head.weight"
@@ -23,15 +24,15 @@ def shapes_of(shape: ModelSection, vocab_size: int) -> dict[str, tuple[int, ...]
 
     They are in the order of the model's parameters. No memory is allocated for these.
     """
-    width, mlp_width, head_dim = shape.width, shape.hidden_mlp_width, shape.head_dim
-    kv_width = shape.kv_heads * head_dim
+    width, mlp_width, head_dim = shape.width, shape.hidden_mlp_width, shape.head_size
+    query_width, kv_width = shape.query_width, shape.kv_width
     qk_norms = {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
     of_block: dict[str, tuple[int, ...]] = {
         "input_layernorm": (width,),
-        "self_attn.q_proj": (width, width),
+        "self_attn.q_proj": (query_width, width),
         "self_attn.k_proj": (kv_width, width),
         "self_attn.v_proj": (kv_width, width),
-        "self_attn.o_proj": (width, width),
+        "self_attn.o_proj": (width, query_width),
         **(qk_norms if shape.qk_norm else {}),
         "post_attention_layernorm": (width,),
         "mlp.gate_proj": (mlp_width, width),
@@ -93,12 +94,8 @@ def _require_frequencies(
     folder: Path, stored: StoredWeights, name: str, shape: ModelSection
 ) -> None:
     """Raise CheckpointCorruptError unless they match the config's rope_theta to bf16 precision."""
-    there = stored.read(name).double()
-    is_same = there.shape == (shape.head_dim // 2,)
-    if is_same:
-        exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
-        is_same = torch.allclose(there, shape.rope_theta**-exponents, rtol=1e-2, atol=0)
-    if not is_same:
+    there, wanted = stored.read(name).float(), frequencies(shape, torch.device("cpu"))
+    if there.shape != wanted.shape or not torch.allclose(there, wanted, rtol=1e-2, atol=0):
         raise CheckpointCorruptError(
             f"{name} in {folder} does not match rope_theta {shape.rope_theta:g} of its config; use "
             "the config that the weights were saved with"

@@ -2,7 +2,8 @@
 
     python -m tests.helpers.export_worker CONFIG FOLDER
 
-For each ZeRO stage, with tied embeddings and without: a run's checkpoint in FOLDER/NAME, and ids
+For each ZeRO stage, with tied embeddings (a Qwen3 with wide heads) and without (a Llama with scaled
+rotary positions): a run's checkpoint in FOLDER/NAME, and ids
 with the engine's logits in FOLDER/NAME.safetensors.
 """
 
@@ -28,6 +29,13 @@ from tests.helpers.reshard_worker import STEPS, new_engine, train
 
 STAGES = (1, 2, 3)
 TIED = {True: "tied", False: "untied"}
+SHAPES = {
+    "tied": ("model.qk_norm=true", "model.head_dim=16"),
+    "untied": (
+        *("model.qk_norm=false", "model.rope_theta=500"),
+        *("model.rope_scaling_factor=8", "model.rope_original_context_tokens=32"),
+    ),
+}
 NUM_IDS = 40
 
 
@@ -37,7 +45,7 @@ def main(path: Path, folder: Path) -> None:
     for stage in STAGES:
         for is_tied, name in TIED.items():
             overrides = (f"zero.stage={stage}", f"model.tie_embeddings={is_tied}")
-            config = load_config(path, (*overrides, f"model.qk_norm={is_tied}"))
+            config = load_config(path, (*overrides, *SHAPES[name]))
             engine = new_engine(config, world)
             train(engine, config, world, 0)
             save(engine, folder / f"{name}-{stage}", config, world)

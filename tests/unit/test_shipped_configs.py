@@ -26,7 +26,7 @@ def test_a_model_has_the_number_of_parameters_in_its_configs_name(
         model = ReverseGPT(shape, 8_888)
 
     assert model.num_parameters() == pytest.approx(billions * 1e9, rel=0.04)
-    assert shape.head_dim == 128
+    assert shape.head_size == 128
 
 
 def shipped(name: str) -> Config:

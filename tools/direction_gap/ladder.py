@@ -8,6 +8,7 @@ the width, steps by the budget. Loads no torch.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,19 +38,20 @@ class Size:
 
     def overrides(self, shape: ModelSection) -> tuple[str, ...]:
         """Overrides of a config whose model is `shape`. Raises ConfigError."""
-        head_dim, group = shape.head_dim, shape.num_heads // shape.kv_heads
-        if self.width % (head_dim * group):
+        group = shape.num_heads // shape.kv_heads
+        unit = Fraction(shape.width, shape.num_heads) * group
+        if self.width % unit:
             per_group = f" times {group} query heads per key head" if group > 1 else ""
             raise ConfigError(
-                f"width {self.width} of `sizes` is not a multiple of {head_dim * group}, the head "
-                f"size of the config{per_group}; choose another width, or change model.num_heads"
+                f"width {self.width} of `sizes` is not a multiple of {unit}, the width per head of "
+                f"the config{per_group}; choose another width, or change model.num_heads"
             )
         if shape.mlp_width != shape.model_copy(update={"mlp_width": None}).hidden_mlp_width:
             raise ConfigError(
                 f"model.mlp_width is {shape.mlp_width} at every width of `sizes`; remove it, so "
                 "that it follows the width"
             )
-        num_heads = self.width // head_dim
+        num_heads = int(self.width / unit) * group
         return (
             f"model.width={self.width}",
             f"model.num_layers={self.num_layers}",

@@ -223,7 +223,7 @@ def _load(target: Path, device: "torch.device") -> "ReverseGPT":
 
     source = open_checkpoint(target)
     shape = source.description.shape
-    attention = choose_attention("auto", device, torch.float32, shape.head_dim)
+    attention = choose_attention("auto", device, torch.float32, shape.head_size)
     model = ReverseGPT(shape, source.description.vocab_size, attention.backend)
     source.fill(model)
     return model.to(device).eval()

@@ -6,7 +6,7 @@ llama.cpp has no notion of direction: its callers reverse ids, or text by words,
 chat template and card explain (gguf_card.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,24 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.atomic import write_text
-from data_pipeline.errors import BackendError, StorageError
+from data_pipeline.errors import BackendError, RunMismatchError, StorageError
 from data_pipeline.text.codec import TextCodec
 from megaback.checkpoints.safetensors_file import size_and_hash
 from megaback.config import ModelSection
+from megaback.model.rotary import frequency_divisors
 from megaback.run_folder import GGUF_NAME
 from megaback.weights.source import WeightSource
 from megaback.weights.weight_files import write_sums
 from megaback.weights.weight_names import HEAD_NAME
 from tools.export.gguf_card import chat_template, gguf_card, gguf_description
 
+_FREQUENCIES = "rope_freqs.weight"
+"""llama.cpp's name for the divisors of scaled rotary frequencies."""
 _OUTER_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     HEAD_NAME: "output.weight",
+    _FREQUENCIES: _FREQUENCIES,
 }
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -59,12 +63,19 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torc
             "--to gguf needs the package gguf; install it with `pip install 'megaback[gguf]'`"
         ) from None
     shape = source.description.shape
+    if shape.qk_norm and shape.rope_scaling_factor != 1:
+        raise RunMismatchError(
+            f"the model of {name} is a Qwen3 with rope_scaling_factor "
+            f"{shape.rope_scaling_factor:g}, which llama.cpp has for Llama only; export it with "
+            "--to hf"
+        )
     types = gguf.GGMLQuantizationType
     path = folder / GGUF_NAME
+    shapes, read = _with_frequencies(source)
     writer: Any = gguf.GGUFWriter(path, "qwen3" if shape.qk_norm else "llama")
     try:
         _add_metadata(writer, name, source, dtype)
-        for tensor_name, tensor_shape in source.shapes.items():
+        for tensor_name, tensor_shape in shapes.items():
             stored = _stored_dtype(tensor_shape, dtype)
             num_bytes = stored.itemsize * int(np.prod(tensor_shape))
             raw_type = types.BF16 if stored == torch.bfloat16 else types.F32
@@ -74,8 +85,8 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torc
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor_name, tensor_shape in source.shapes.items():
-            weight = as_llama_cpp_has_it(tensor_name, source.read(tensor_name), shape)
+        for tensor_name, tensor_shape in shapes.items():
+            weight = as_llama_cpp_has_it(tensor_name, read(tensor_name), shape)
             writer.write_tensor_data(_array(weight.to(_stored_dtype(tensor_shape, dtype))))
     except OSError as error:
         if error.errno is None:  # numpy reports a short write without its cause
@@ -93,6 +104,21 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torc
     write_text(folder / "README.md", gguf_card(source.description, codec, name))
 
 
+def _with_frequencies(
+    source: WeightSource,
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
+    """Shapes and reader of all tensors, with the divisors of scaled rotary frequencies."""
+    shape = source.description.shape
+    if shape.rope_scaling_factor == 1:
+        return source.shapes, source.read
+    divisors_R = frequency_divisors(shape, torch.device("cpu"))
+
+    def read(name: str) -> Tensor:
+        return divisors_R if name == _FREQUENCIES else source.read(name)
+
+    return {_FREQUENCIES: tuple(divisors_R.shape), **source.shapes}, read
+
+
 def gguf_name_of(name: str) -> str:
     """llama.cpp's name of a tensor."""
     if name in _OUTER_NAMES:
@@ -105,7 +131,7 @@ def as_llama_cpp_has_it(name: str, weight: Tensor, shape: ModelSection) -> Tenso
     """The weight with rows of queries and keys in the order of llama.cpp's rotary embedding."""
     if shape.qk_norm or not name.endswith(("q_proj.weight", "k_proj.weight")):
         return weight
-    halves = weight.view(-1, 2, shape.head_dim // 2, weight.shape[1])
+    halves = weight.view(-1, 2, shape.head_size // 2, weight.shape[1])
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
@@ -136,9 +162,9 @@ def _add_metadata(writer: Any, name: str, source: WeightSource, dtype: torch.dty
     writer.add_feed_forward_length(shape.hidden_mlp_width)
     writer.add_head_count(shape.num_heads)
     writer.add_head_count_kv(shape.kv_heads)
-    writer.add_key_length(shape.head_dim)
-    writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_key_length(shape.head_size)
+    writer.add_value_length(shape.head_size)
+    writer.add_rope_dimension_count(shape.head_size)
     writer.add_rope_freq_base(shape.rope_theta)
     writer.add_layer_norm_rms_eps(shape.norm_epsilon)
     writer.add_vocab_size(description.vocab_size)

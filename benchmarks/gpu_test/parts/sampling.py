@@ -51,7 +51,7 @@ def run(bench: Bench) -> None:
             _write(decoder, rows, 4)  # what is made at the first step
             ours_s = bench.seconds(partial(_write, decoder, rows, tokens), bench.sized(3, 2, 1))
             # Weights are read once per step, keys and values of every row too.
-            kept = 2 * shape.num_layers * shape.kv_heads * shape.head_dim
+            kept = 2 * shape.num_layers * shape.kv_width
             length = _GIVEN_TOKENS + tokens / 2
             cached = rows * length * kept * decoder.cache_dtype.itemsize
             bound_s = tokens * (weight_bytes + cached) / bytes_per_s

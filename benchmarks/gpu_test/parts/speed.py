@@ -59,7 +59,7 @@ def run(bench: Bench) -> None:
 
 def measure_shape(bench: Bench, shape: Shape) -> None:
     world = alone(bench)
-    usable, head_dim = [], _config(bench, shape, "auto").model.head_dim
+    usable, head_dim = [], _config(bench, shape, "auto").model.head_size
     for kernel in KERNELS:
         reason = why_unusable(kernel, bench.device, torch.bfloat16, head_dim)
         if reason is None:

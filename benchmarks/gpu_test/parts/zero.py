@@ -97,7 +97,7 @@ def _plain_losses(bench: Bench, config: Config) -> list[float]:
     device, section = bench.device, config.optimizer
     is_bf16 = config.training.precision == "bf16"
     dtype = torch.bfloat16 if is_bf16 else torch.float32
-    attention = choose_attention(config.hardware.attention, device, dtype, config.model.head_dim)
+    attention = choose_attention(config.hardware.attention, device, dtype, config.model.head_size)
     model = ReverseGPT(config.model, VOCAB_SIZE, attention.backend)
     model.initialize(config.training.seed)
     model.to(device).train()

@@ -188,6 +188,8 @@ def test_a_missing_key_is_reported_with_its_section(tmp_path: Path) -> None:
         ("training.seed=-1", "training.seed = -1"),
         ("model.width=34", "num_heads 4 does not divide width 34"),
         ("model.width=12", "width / num_heads is 3"),
+        ("model.head_dim=5", "head_dim is 5; rotary positions need an even number"),
+        ("model.rope_low_frequency_factor=4", "rope_low_frequency_factor 4 is not below"),
         ("model.num_kv_heads=3", "num_kv_heads 3 does not divide num_heads 4"),
         ("model=null", "model = None"),
         ("zero={stage: 0, offload: optimizer}", "offload optimizer needs stage 1 or higher"),

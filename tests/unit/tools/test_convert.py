@@ -296,8 +296,9 @@ def test_the_python_api_writes_the_same_text_as_the_command(run: Path, tmp_path:
         ({"model_type": "gpt2"}, "gpt2"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"attention_bias": True}, "attention_bias = True"),
-        ({"head_dim": 16}, "head_dim = 16"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type = 'linear'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ({"num_hidden_layers": "two"}, "num_layers"),
         ({"use_sliding_window": True}, "use_sliding_window = True"),
     ],
@@ -315,13 +316,28 @@ def test_unsupported_config_values_are_named(
 
 
 def test_the_config_of_transformers_round_trips(codec: Codecs) -> None:
-    model = ReverseGPT(read_shape(num_kv_heads=1, mlp_width=80, norm_epsilon=1e-4), 97)
+    changes = {"num_kv_heads": 1, "head_dim": 20, "mlp_width": 80, "norm_epsilon": 1e-4}
+    model = ReverseGPT(read_shape(**changes, **SCALED), 97)
 
     fields = to_stock(model.shape, 97, 128, "float32")
 
     assert from_stock(fields, "it").architecture() == model.shape.architecture()
     old = {name: value for name, value in fields.items() if name != "rope_parameters"}
     assert from_stock(old, "it").architecture() == model.shape.architecture()
+
+
+SCALED = {"rope_scaling_factor": 8.0, "rope_original_context_tokens": 16}
+
+
+def test_scaled_positions_of_a_qwen3_are_refused_for_llama_cpp(
+    tmp_path: Path, codec: Codecs
+) -> None:
+    write_checkpoint(tmp_path / "run", codec(), qk_norm=True, **SCALED)
+
+    result = converted(tmp_path / "run", "--to", "gguf", "--out", tmp_path / "out")
+
+    assert_refused(result, RunMismatchError, "rope_scaling_factor 8", "--to hf")
+    assert not (tmp_path / "out").exists()
 
 
 def read_shape(**changes: object) -> "object":

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from data_pipeline.loading.rows import IGNORED_TARGET
 from megaback.model.gpt import ReverseGPT, _recomputed
+from megaback.weights.hf_config import to_stock
 from tests.helpers.small_models import VOCAB_SIZE, make_model, packed, random_ids, section
 
 
@@ -28,9 +29,9 @@ def stock_model(model: ReverseGPT) -> LlamaForCausalLM | Qwen3ForCausalLM:
         num_hidden_layers=shape.num_layers,
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
+        head_dim=shape.head_size,
         rms_norm_eps=shape.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        rope_parameters=to_stock(shape, VOCAB_SIZE, 256, "float32")["rope_parameters"],
         tie_word_embeddings=shape.tie_embeddings,
         max_position_embeddings=256,
         attn_implementation="eager",
@@ -55,6 +56,23 @@ def test_logits_equal_those_of_the_stock_architecture(
     logits_TV = model.logits(ids_T, *packed(70))
     assert expected_TV.std() > 0.1
     torch.testing.assert_close(logits_TV, expected_TV, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+@torch.no_grad()
+def test_wide_heads_and_scaled_positions_equal_those_of_the_stock_architecture(
+    qk_norm: bool,
+) -> None:
+    scaling = {"rope_scaling_factor": 8.0, "rope_original_context_tokens": 64}
+    model = make_model(qk_norm=qk_norm, head_dim=32, **scaling)
+    ids_T = random_ids(200)
+
+    expected_TV = stock_model(model)(ids_T[None]).logits[0]
+
+    logits_TV = model.logits(ids_T, *packed(200))
+    torch.testing.assert_close(logits_TV, expected_TV, atol=1e-5, rtol=1e-5)
+    unscaled = make_model(qk_norm=qk_norm, head_dim=32)
+    assert (unscaled.logits(ids_T, *packed(200)) - expected_TV).abs().max() > 0.01
 
 
 @torch.no_grad()

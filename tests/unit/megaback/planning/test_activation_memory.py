@@ -57,7 +57,9 @@ def saved_bytes(
 @pytest.mark.parametrize("arithmetic", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"num_kv_heads": 2}, {"qk_norm": False}], ids=["mha", "gqa", "llama"]
+    "changes",
+    [{}, {"num_kv_heads": 2, "head_dim": 32}, {"qk_norm": False}],
+    ids=["mha", "wide heads", "llama"],
 )
 def test_the_estimate_is_exact_for_blocks_and_within_a_few_bytes_for_the_rest(
     changes: dict[str, object], checkpointing: str, arithmetic: Arithmetic
@@ -73,7 +75,7 @@ def test_the_estimate_is_exact_for_blocks_and_within_a_few_bytes_for_the_rest(
 
     assert (three - one) / 2 == kept.block
     # Recomputed functions hold the cosines without saving them.
-    rotary = 0 if checkpointing == "none" else 8 * shape.head_dim
+    rotary = 0 if checkpointing == "none" else 8 * shape.head_size
     assert one - kept.block + rotary == pytest.approx(kept.rest, abs=16)
     assert penalized == one
 
@@ -123,11 +125,17 @@ def peak_bytes(
 
 @pytest.mark.parametrize("arithmetic", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
-@pytest.mark.parametrize("mlp_width", [128, 256], ids=["narrow", "wide"])
+@pytest.mark.parametrize(
+    ("mlp_width", "head_dim"),
+    [(128, 16), (256, 16), (192, 32)],
+    ids=["narrow", "wide", "wide heads"],
+)
 def test_the_peak_of_a_backward_pass_is_that_of_the_estimate(
-    mlp_width: int, checkpointing: str, arithmetic: Arithmetic
+    mlp_width: int, head_dim: int, checkpointing: str, arithmetic: Arithmetic
 ) -> None:
-    shape = ModelSection(num_layers=1, width=64, num_heads=4, mlp_width=mlp_width).resolved()
+    fields = {"num_layers": 1, "width": 64, "num_heads": 4}
+    fields |= {"mlp_width": mlp_width, "head_dim": head_dim}
+    shape = ModelSection.model_validate(fields).resolved()
     kept = activations_of(shape, arithmetic, checkpointing, "sdpa")
 
     short, long = (peak_bytes(shape, arithmetic, checkpointing, tokens) for tokens in (256, 512))

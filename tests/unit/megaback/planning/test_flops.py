@@ -42,17 +42,17 @@ def counted_flops(model: ReverseGPT, lengths: Sequence[int]) -> float:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(ids_T, ids_T, positions_T, segments).sum().backward()
     above = sum(length * (length - 1) / 2 for length in lengths)
-    width = shape.num_heads * shape.head_dim
-    return counter.get_total_flops() - 12 * shape.num_layers * width * above
+    return counter.get_total_flops() - 12 * shape.num_layers * shape.query_width * above
 
 
-@pytest.mark.parametrize("num_kv_heads", [None, 2])
+@pytest.mark.parametrize(("num_kv_heads", "head_dim"), [(None, None), (2, 24)])
 @pytest.mark.parametrize("tie_embeddings", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("lengths", [(128,), (5, 100, 1, 60)], ids=["one", "packed"])
 def test_flops_per_token_equal_those_that_pytorch_counts(
-    lengths: tuple[int, ...], tie_embeddings: bool, num_kv_heads: int | None
+    lengths: tuple[int, ...], tie_embeddings: bool, num_kv_heads: int | None, head_dim: int | None
 ) -> None:
-    shape = shape_of(tie_embeddings=tie_embeddings, num_kv_heads=num_kv_heads)
+    changes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    shape = shape_of(tie_embeddings=tie_embeddings, **changes)
     model = ReverseGPT(shape, VOCAB_SIZE).train()
     tokens = sum(lengths)
     attended = sum(length * (length + 1) / 2 for length in lengths) / tokens
@@ -121,7 +121,7 @@ def test_tokens_of_an_infinite_document_attend_to_half_a_row() -> None:
     assert attended_tokens(1e12, 1024) == pytest.approx(512.5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1}, {"qk_norm": False}])
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 1, "head_dim": 24}, {"qk_norm": False}])
 @pytest.mark.parametrize("tie_embeddings", [False, True], ids=["untied", "tied"])
 def test_parameter_counts_equal_the_models(
     tie_embeddings: bool, changes: dict[str, object]

@@ -81,7 +81,7 @@ def test_rungs_are_ordered_by_cost_and_have_folders_of_their_own(config_of_ladde
     # A step has 8 rows of 64 tokens.
     assert [rung.tokens for rung in rungs[:2]] == [20 * 512, 39 * 512]
     assert rungs[0].num_parameters < rungs[2].num_parameters
-    assert rungs[-1].config.model.head_dim == 8
+    assert rungs[-1].config.model.head_size == 8
     folder = config_of_ladder.parent / "ladder" / "64x2-20000"
     assert [run.folder for run in rungs[-1].runs] == [
         folder / f"seed-{seed}" / direction
