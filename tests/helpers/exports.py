@@ -1,12 +1,13 @@
-"""A checkpoint of several ranks, made without training."""
+"""A checkpoint of several ranks, made without training, and the formats of exports."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 import torch
 
-from data_pipeline.text.codec import TextCodec
+from data_pipeline.text.codec import Direction, TextCodec, Unit
 from megaback.checkpoints.checkpoint import FORMAT_NAME, FORMAT_VERSION, CheckpointMeta
 from megaback.checkpoints.safetensors_file import write_tensors
 from megaback.config import Config
@@ -14,6 +15,10 @@ from megaback.model.gpt import ReverseGPT
 from megaback.run_folder import META_NAME
 
 STEP = 30
+_FORMATS = [(direction, unit) for direction in Direction for unit in Unit]
+of_formats = pytest.mark.parametrize(
+    ("direction", "unit"), _FORMATS, ids=[f"{one.value}-{two.value}" for one, two in _FORMATS]
+)
 
 
 def write_checkpoint(

@@ -1,6 +1,6 @@
 """Export for Hugging Face's transformers: stock weights, and a tokenizer that reverses.
 
-The model is a stock Llama (Qwen3 with `qk_norm`); the code of the tokenizer is one file beside it.
+The model is a stock Llama (Qwen3 with `qk_norm`); the code of the tokenizer is beside it.
 Stock classes cannot load a tokenizer from the folder, since they would read forward. megaback reads
 the same folder.
 """
@@ -18,10 +18,12 @@ from megaback.weights.hf_config import to_stock
 from megaback.weights.model_folder import HF_TOKENIZER_NAME, STOCK_SECTION, ModelDescription
 from megaback.weights.source import WeightSource
 from megaback.weights.weight_files import write_weights
-from tools.export.model_card import model_card
+from tools.export.model_card import REMOTE_CODE, model_card
 
 _TOKENIZER_CLASS = "MegabackTokenizer"
+_TOKENIZER_MODULE = "tokenization_megaback"
 _PIPELINE_CLASS = "MegabackTextGeneration"
+_PIPELINE_MODULE = "generation_megaback"
 
 
 def write_hf_folder(
@@ -35,12 +37,12 @@ def write_hf_folder(
     with replacing(folder / HF_TOKENIZER_NAME) as file:
         file.write(source.tokenizer)
     _write_json(folder / "tokenizer.json", _refusal(codec))
-    code = Path(__file__).with_name("tokenization_megaback.py")
-    write_text(folder / code.name, code.read_text(encoding="utf-8"))
-    _write_json(folder / HF_TOKENIZER_CONFIG_NAME, _tokenizer_config(codec, description, code.stem))
+    for code in REMOTE_CODE:
+        write_text(folder / code.name, code.read_text(encoding="utf-8"))
+    _write_json(folder / HF_TOKENIZER_CONFIG_NAME, _tokenizer_config(codec, description))
     _write_json(folder / "generation_config.json", _generation_config(codec))
     write_text(folder / "README.md", model_card(description, codec, name))
-    _write_json(folder / MODEL_CONFIG_NAME, _config(codec, description, dtype, code.stem))
+    _write_json(folder / MODEL_CONFIG_NAME, _config(codec, description, dtype))
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:
@@ -58,13 +60,11 @@ def _refusal(codec: TextCodec) -> dict[str, Any]:
     }
 
 
-def _config(
-    codec: TextCodec, description: ModelDescription, dtype: torch.dtype, module: str
-) -> dict[str, Any]:
+def _config(codec: TextCodec, description: ModelDescription, dtype: torch.dtype) -> dict[str, Any]:
     name = str(dtype).removeprefix("torch.")
     stock = to_stock(description.shape, description.vocab_size, description.context_tokens, name)
     ids = {"bos_token_id": codec.begin_id, "eos_token_id": codec.end_id}
-    pipeline = {"impl": f"{module}.{_PIPELINE_CLASS}", "pt": ["AutoModelForCausalLM"]}
+    pipeline = {"impl": f"{_PIPELINE_MODULE}.{_PIPELINE_CLASS}", "pt": ["AutoModelForCausalLM"]}
     return {
         **stock,
         **ids,
@@ -73,12 +73,10 @@ def _config(
     }
 
 
-def _tokenizer_config(
-    codec: TextCodec, description: ModelDescription, module: str
-) -> dict[str, Any]:
+def _tokenizer_config(codec: TextCodec, description: ModelDescription) -> dict[str, Any]:
     return {
         "tokenizer_class": _TOKENIZER_CLASS,
-        "auto_map": {"AutoTokenizer": [f"{module}.{_TOKENIZER_CLASS}", None]},
+        "auto_map": {"AutoTokenizer": [f"{_TOKENIZER_MODULE}.{_TOKENIZER_CLASS}", None]},
         "direction": codec.format.direction.value,
         "unit": codec.format.unit.value,
         "bos_token": codec.piece(codec.begin_id),

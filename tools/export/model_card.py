@@ -1,10 +1,18 @@
 """Model card (README.md) of a transformers export: runnable examples, and supported uses."""
 
+from pathlib import Path
+
 from data_pipeline.common.control_characters import on_one_line
 from data_pipeline.text.codec import Direction, TextCodec, TextFormat
 from megaback.weights.identity import WeightsIdentity
 from megaback.weights.model_folder import ModelDescription
 
+REMOTE_CODE = sorted(
+    path
+    for path in Path(__file__).with_name("remote_code").glob("*.py")
+    if path.name != "__init__.py"
+)
+"""Files of code in an export, which run with `trust_remote_code=True`."""
 COMMIT = "COMMIT"
 """Placeholder: the commit of an upload is unknown at export. No branch has this name, so loading
 from a hub fails, and runs no unreviewed code, until it is replaced."""
@@ -82,6 +90,7 @@ def model_card(description: ModelDescription, codec: TextCodec, name: str) -> st
     given_part, written_part = ("a response", "instruction for it")
     if not is_backward:
         given_part, written_part = ("an instruction", "response to it")
+    files = ", ".join(f"`{path.name}`" for path in REMOTE_CODE)
     val_loss = "" if description.val_loss is None else f", val loss {description.val_loss:.4f} nats"
     return f"""---
 library_name: transformers
@@ -102,10 +111,11 @@ model reads them (of a list of texts: a batch), and `decode` the text in the ord
 does: there is nothing to reverse by hand. Always decode the whole list of ids, the given ones
 included. The model itself is a stock {stock}.
 
-**`trust_remote_code` runs `tokenization_megaback.py` of this folder on your machine.** Read that
-file first. From a hub, load the commit that you have read, by its full hash in place of `{COMMIT}`:
-a branch can be moved to other code later. `huggingface_hub.HfApi().model_info(NAME).sha` is the
-newest commit. For a folder on your own disk, transformers ignores `revision`.
+**`trust_remote_code` runs code of this folder on your machine:** {files}.
+Read these files first. From a hub, load the commit that you have read, by its full hash in place of
+`{COMMIT}`: a branch can be moved to other code later.
+`huggingface_hub.HfApi().model_info(NAME).sha` is the newest commit. For a folder on your own disk,
+transformers ignores `revision`.
 
 The same as a pipeline:
 

@@ -24,8 +24,7 @@ from data_pipeline.errors import (
     TokenizerError,
     TokenizerMismatchError,
 )
-from data_pipeline.text.chat_format import ChatFormat
-from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.text.codec import TextCodec
 from megaback.checkpoints.checkpoint import read_meta
 from megaback.config import Config
 from megaback.model.gpt import ReverseGPT
@@ -384,41 +383,3 @@ def test_peak_memory_is_that_of_one_tensor_and_one_file(
     assert sum(sizes) > 10 * (1.3 * max(sizes) + 4_000_000)  # else the bound is meaningless
     # One tensor, one file, and what allocators keep: measured 14 to 19 MB for 150 MB of weights.
     assert int(result.stdout) < 1.3 * max(sizes) + 3 * 8_000_000 < sum(sizes) / 5
-
-
-# The exported tokenizer, compared with megaback's.
-
-
-@pytest.mark.parametrize("unit", Unit)
-@pytest.mark.parametrize("direction", Direction)
-def test_the_exported_tokenizer_matches_the_codec(
-    direction: Direction, unit: Unit, tokenizer_path: Path, codec: Codecs
-) -> None:
-    from tests.helpers.builds import HARD_TEXTS
-    from tools.export.tokenization_megaback import MegabackTokenizer
-
-    ours = codec(direction, unit)
-    shipped = MegabackTokenizer(str(tokenizer_path), direction.value, unit.value)
-
-    for text in [*HARD_TEXTS, "", " ", "<|im_end|> is text", "a\u2581b", "lone \ud800", "the end."]:
-        ids = shipped(text)["input_ids"]
-        assert ids == [ours.begin_id, *ours.encode(text).tolist()]
-        assert shipped.decode(ids, skip_special_tokens=True) == text
-        prompt, expected = shipped.prompt(text), ours.prompt(text)
-        assert prompt["input_ids"].tolist() == [expected.ids]
-        (processor,) = prompt["logits_processor"]
-        first_ids = None if len(expected.ids) == 1 and not text else expected.first_ids.tolist()
-        assert processor.first_ids == [first_ids]
-
-    form = ChatFormat(ours)
-    for text in [*HARD_TEXTS, "<|im_end|> is text", "the end."]:
-        asked, expected = shipped.chat_prompt(text), form.prompt(text)
-        assert asked["input_ids"].tolist() == [expected.ids]
-        (processor,) = asked["logits_processor"]
-        assert processor.first_ids == [expected.first_ids.tolist()]
-        assert asked["eos_token_id"] == expected.end_id
-        allowed = ours.writable_ids(form.stop_id)
-        assert sorted({*range(ours.vocab_size)} - {*asked["suppress_tokens"]}) == allowed.tolist()
-        ids = [*expected.ids, *form.written_ids(text)]
-        assert shipped.written(ids) == text
-        assert shipped.written(torch.tensor(ids[:-1])) == text

@@ -1,7 +1,8 @@
 """Tokenizer for transformers of a model that writes backward; encoding and decoding reverse.
 
-`megaback convert --to hf` puts this file into the folder that it writes, and `AutoTokenizer` loads
-it from there (`trust_remote_code=True`). It needs transformers and sentencepiece, not megaback.
+`megaback convert --to hf` puts this file, and those that it imports from beside it, into the folder
+that it writes, and `AutoTokenizer` loads them from there (`trust_remote_code=True`). They need
+transformers and sentencepiece, not megaback.
 `tokenizer(text)` gives ids in the order in which the model reads them, after the begin marker;
 `tokenizer.decode(ids)` gives the text in the order in which a person does. No text becomes a
 control id, whatever it spells. Sides of padding and truncation are those of ids: with a backward
@@ -16,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, Pipeline, PreTrainedTokenizer
+from transformers import LogitsProcessorList, PreTrainedTokenizer
 
-_SPACE_SYMBOL = "\u2581"
+from .generation_megaback import PromptRules
+from .pieces_megaback import BEGIN_PIECE, END_PIECE, Pieces
+
 _STOP_PIECE = "<|im_end|>"
 _REFUSAL_NAME = "tokenizer.json"
 """A file beside the vocabulary that no library can load, so that stock classes raise an error."""
-# Characters that SentencePiece does not round-trip are encoded as byte pieces.
-_SPELLED_IN_BYTES = re.compile(f"([{_SPACE_SYMBOL}\ud800-\udfff]+)")
 _RUNS = re.compile(r"\s+|\S+")
 _OTHER_SIDE = {"only_first": "only_second", "only_second": "only_first"}
 # Modules of transformers that assume that text grows at its end, and what to use instead.
@@ -45,39 +45,8 @@ def reverse_words(text: str) -> str:
     return "".join(reversed(_RUNS.findall(text)))
 
 
-class PromptRules(LogitsProcessor):  # type: ignore[misc]
-    """Constrains the first new id to fit the prompt, and ends rows at the end of the context."""
-
-    def __init__(
-        self,
-        given_tokens: int,
-        first_ids: list[list[int] | None],
-        context_tokens: int,
-        end_id: int,
-    ) -> None:
-        """`first_ids`: per prompt, the ids allowed as its first new one; None for any."""
-        self.given_tokens = given_tokens
-        self.first_ids = first_ids
-        self.context_tokens = context_tokens
-        self.end_id = end_id
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        is_first = input_ids.shape[-1] == self.given_tokens
-        is_last = input_ids.shape[-1] >= self.context_tokens - 1
-        if not is_first and not is_last:
-            return scores
-        allowed = torch.full_like(scores, -torch.inf)
-        rows_each = max(
-            1, len(scores) // len(self.first_ids)
-        )  # beams, or several samples of a prompt
-        for row in range(len(scores)):
-            first_ids = self.first_ids[row // rows_each] if is_first else [self.end_id]
-            allowed[row, slice(None) if first_ids is None else first_ids] = 0
-        return scores + allowed
-
-
 class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
-    """SentencePiece tokenizer that encodes and decodes in the model's direction."""
+    """Tokenizer that encodes and decodes in the model's direction."""
 
     # Not *.model: stock classes would load a file of that name, and read forward.
     vocab_files_names = {"vocab_file": "megaback.spm"}
@@ -93,10 +62,9 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
             )
         self.vocab_file = vocab_file
         self.direction, self.unit = direction, unit
-        self._pieces = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
-        bos_id, eos_id = self._pieces.bos_id(), self._pieces.eos_id()
-        kwargs.setdefault("bos_token", self._pieces.id_to_piece(bos_id))
-        kwargs.setdefault("eos_token", self._pieces.id_to_piece(eos_id))
+        self._pieces = Pieces(vocab_file)
+        kwargs.setdefault("bos_token", BEGIN_PIECE)
+        kwargs.setdefault("eos_token", END_PIECE)
         kwargs.setdefault("pad_token", kwargs["eos_token"])
         kwargs.setdefault("padding_side", "left")
         kwargs.setdefault("clean_up_tokenization_spaces", False)
@@ -126,13 +94,13 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         if self.direction != "backward":
             given_role, written_role = written_role, given_role
         start_id, stop_id, given_id, written_id = map(
-            self._pieces.piece_to_id, ("<|im_start|>", _STOP_PIECE, given_role, written_role)
+            self._pieces.id_of, ("<|im_start|>", _STOP_PIECE, given_role, written_role)
         )
         rows = [
             [start_id, given_id, *self._encoded(text), stop_id, start_id, written_id]
             for text in _texts(given)
         ]
-        with_text = [i for i in range(self.vocab_size) if self._bytes(i)]
+        with_text = [i for i, text in enumerate(self._pieces.texts) if text]
         unwanted = set(range(self.vocab_size)) - {*with_text, stop_id}
         return {
             **self._batch(rows, [with_text] * len(rows), stop_id),
@@ -150,8 +118,8 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
             return [str(self.written(row)) for row in ids]
         row = ids.tolist()
         role = "<|instruction|>" if self.direction == "backward" else "<|response|>"
-        begin = row.index(self._pieces.piece_to_id(role)) + 1
-        stop_id = self._pieces.piece_to_id(_STOP_PIECE)
+        begin = row.index(self._pieces.id_of(role)) + 1
+        stop_id = self._pieces.id_of(_STOP_PIECE)
         end = row.index(stop_id, begin) if stop_id in row[begin:] else len(row)
         return self._rendered(row[begin:end], names_controls=False)
 
@@ -173,11 +141,11 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
 
     @property
     def vocab_size(self) -> int:
-        return int(self._pieces.vocab_size())
+        return len(self._pieces)
 
     def get_vocab(self) -> dict[str, int]:
         self._refuse_forward_only(sys._getframe(1).f_globals.get("__name__"))
-        return {self._pieces.id_to_piece(i): i for i in range(self.vocab_size)}
+        return {self._pieces.spelling(i): i for i in range(self.vocab_size)}
 
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **_kwargs: Any
@@ -189,7 +157,7 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         ids = [i for one in texts for i in self._encoded(one)]
         if add_special_tokens:
             ids.insert(0, self.bos_token_id)
-        return [self._pieces.id_to_piece(i) for i in ids]
+        return [self._pieces.spelling(i) for i in ids]
 
     def prepare_for_model(
         self,
@@ -305,8 +273,8 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
 
     @property
     def _writable(self) -> list[int]:
-        ids = range(self.vocab_size)
-        return [i for i in ids if i == self.eos_token_id or self._bytes(i)]
+        texts = self._pieces.texts
+        return [i for i, text in enumerate(texts) if i == self.eos_token_id or text]
 
     def _in_order(self, first: list[int], second: list[int] | None) -> list[int]:
         parts = (first, second or [])
@@ -319,13 +287,14 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         ids = [self.bos_token_id, *self._encoded(text)]
         if len(ids) == 1:
             return ids, None
+        texts = self._pieces.texts
         if self._reverses_words:
             return ids, [
-                i for i in self._writable if i == self.eos_token_id or self._bytes(i)[:1].isspace()
+                i for i in self._writable if i == self.eos_token_id or texts[i][:1].isspace()
             ]
-        held_back = self._bytes(ids.pop())
+        held_back = texts[ids.pop()]
         contains = bytes.endswith if self._reverses_ids else bytes.startswith
-        return ids, [i for i in self._writable if contains(self._bytes(i), held_back)]
+        return ids, [i for i in self._writable if contains(texts[i], held_back)]
 
     def _batch(
         self, rows: list[list[int]], first_ids: list[list[int] | None], end_id: int
@@ -350,27 +319,18 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     def _encoded(self, text: str) -> list[int]:
         if self._reverses_words:
             text = reverse_words(text)
-        ids: list[int] = []
-        for index, part in enumerate(_SPELLED_IN_BYTES.split(text)):
-            if index % 2:
-                raw = part.encode("utf-8", "surrogatepass")
-                ids += [self._pieces.piece_to_id(f"<0x{value:02X}>") for value in raw]
-            else:
-                ids += self._pieces.encode(part)
+        ids = self._pieces.encode(text)
         return ids[::-1] if self._reverses_ids else ids
-
-    def _bytes(self, piece_id: int, names_controls: bool = False) -> bytes:
-        piece: str = self._pieces.id_to_piece(piece_id)
-        if self._pieces.is_byte(piece_id):
-            return bytes([int(piece[3:5], 16)])
-        if self._pieces.is_control(piece_id) or self._pieces.is_unknown(piece_id):
-            return piece.encode() if names_controls else b""
-        return piece.replace(_SPACE_SYMBOL, " ").encode()
 
     def _rendered(self, ids: list[int], names_controls: bool) -> str:
         if self._reverses_ids:
             ids = ids[::-1]
-        raw = b"".join(self._bytes(i, names_controls) for i in ids)
+        texts = self._pieces.texts
+        if names_controls:
+            parts = [texts[i] or self._pieces.spelling(i).encode() for i in ids]
+        else:
+            parts = [texts[i] for i in ids]
+        raw = b"".join(parts)
         try:
             text = raw.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
@@ -382,44 +342,10 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return self._rendered(ids, names_controls=not skip_special_tokens)
 
     def _convert_token_to_id(self, token: str) -> int:
-        return int(self._pieces.piece_to_id(token))
+        return self._pieces.id_of(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        return str(self._pieces.id_to_piece(index))
-
-
-class MegabackTextGeneration(Pipeline):  # type: ignore[misc]
-    """`pipeline("text-generation", model=FOLDER, trust_remote_code=True)`, in reading order.
-
-    Options other than `return_full_text` are passed to `generate`.
-    """
-
-    def _sanitize_parameters(
-        self, return_full_text: bool = True, **generate_kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        return {}, generate_kwargs, {"return_full_text": return_full_text}
-
-    def preprocess(self, text: str) -> dict[str, Any]:
-        return {"given": text}
-
-    def _forward(self, inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
-        prompt = self.tokenizer.prompt(inputs["given"])
-        tensors = {
-            name: prompt.pop(name).to(self.device) for name in ("input_ids", "attention_mask")
-        }
-        return {**inputs, "ids": self.model.generate(**tensors, **prompt, **generate_kwargs)}
-
-    def postprocess(
-        self, outputs: dict[str, Any], return_full_text: bool = True
-    ) -> list[dict[str, str]]:
-        given, texts = outputs["given"], []
-        for ids in outputs["ids"]:
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            if not return_full_text:
-                is_backward = self.tokenizer.direction == "backward"
-                text = text.removesuffix(given) if is_backward else text.removeprefix(given)
-            texts.append({"generated_text": text})
-        return texts
+        return self._pieces.spelling(index)
 
 
 def _texts(given: str | list[str]) -> list[str]:
