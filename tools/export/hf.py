@@ -22,6 +22,7 @@ from tools.export.model_card import REMOTE_CODE, model_card
 
 _TOKENIZER_CLASS = "MegabackTokenizer"
 _TOKENIZER_MODULE = "tokenization_megaback"
+_PIPELINE_TASKS = ("megaback-reverse", "text-generation")
 _PIPELINE_CLASS = "MegabackTextGeneration"
 _PIPELINE_MODULE = "generation_megaback"
 
@@ -68,7 +69,7 @@ def _config(codec: TextCodec, description: ModelDescription, dtype: torch.dtype)
     return {
         **stock,
         **ids,
-        "custom_pipelines": {"text-generation": pipeline},
+        "custom_pipelines": dict.fromkeys(_PIPELINE_TASKS, pipeline),
         STOCK_SECTION: description.to_fields(),
     }
 

@@ -117,13 +117,14 @@ Read these files first. From a hub, load the commit that you have read, by its f
 `huggingface_hub.HfApi().model_info(NAME).sha` is the newest commit. For a folder on your own disk,
 transformers ignores `revision`.
 
-The same as a pipeline:
+The same as a pipeline, which also takes a list of texts (with `batch_size`), `stop` texts, and a
+`streamer=write.tokenizer.streamer(print)`:
 
 ```python
 from transformers import pipeline
 
 name, commit = "{name}", "{COMMIT}"
-write = pipeline("text-generation", model=name, revision=commit, trust_remote_code=True)
+write = pipeline("megaback-reverse", model=name, revision=commit, trust_remote_code=True)
 print(write("{given}", max_new_tokens={new_tokens})[0]["generated_text"])
 ```
 
@@ -155,8 +156,8 @@ _BACKWARD_USES = f"""**Right:**
   `decode` of all of them. `megaback serve` speaks OpenAI's protocol in text.
 
 **Not right, and refused with an error:** loading the tokenizer without `trust_remote_code=True`;
-the stock `text-generation` pipeline around a loaded model; `TextStreamer`; `stop_strings`; chat
-templates; new tokens.
+the stock `text-generation` pipeline around a loaded model; `TextStreamer` (use
+`tokenizer.streamer`); `stop_strings` (use `stop` of the pipeline); chat templates; new tokens.
 
 **Not right, without an error:**
 - Servers that turn ids into text piece by piece (the text endpoints of vLLM and of others, streamed

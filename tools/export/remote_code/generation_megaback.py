@@ -1,9 +1,15 @@
-"""Generation by a model that writes backward: rules of its prompts, and its pipeline."""
+"""Generation by a model that writes backward: rules of its prompts, stop texts, its pipeline."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, Pipeline
+from transformers import LogitsProcessor, Pipeline, StoppingCriteria, StoppingCriteriaList
+
+from .new_text_megaback import NewText, stop_texts
+
+_LENGTHS = {"max_new_tokens", "max_length", "generation_config"}
+_MAX_NEW_TOKENS = 256
 
 
 class PromptRules(LogitsProcessor):  # type: ignore[misc]
@@ -36,35 +42,81 @@ class PromptRules(LogitsProcessor):  # type: ignore[misc]
         return scores + allowed
 
 
-class MegabackTextGeneration(Pipeline):  # type: ignore[misc]
-    """`pipeline("text-generation", model=FOLDER, trust_remote_code=True)`, in reading order.
+class StopAtText(StoppingCriteria):  # type: ignore[misc]
+    """Ends rows whose new text contains a stop text."""
 
-    Options other than `return_full_text` are passed to `generate`.
+    def __init__(self, given_tokens: int, new_texts: list[NewText]) -> None:
+        """`new_texts`: one per prompt."""
+        self.given_tokens = given_tokens
+        self.new_texts = new_texts
+
+    def __call__(
+        self, input_ids: torch.Tensor, _scores: torch.Tensor, **_kwargs: Any
+    ) -> torch.Tensor:
+        rows_each = max(1, len(input_ids) // len(self.new_texts))
+        written = input_ids[:, self.given_tokens :].tolist()
+        are_stopped = [
+            self.new_texts[row // rows_each].read(ids, is_whole=False)[1]
+            for row, ids in enumerate(written)
+        ]
+        return torch.tensor(are_stopped, dtype=torch.bool, device=input_ids.device)
+
+
+class MegabackTextGeneration(Pipeline):  # type: ignore[misc]
+    """`pipeline("megaback-reverse", model=FOLDER, trust_remote_code=True)`: text in reading order.
+
+    Takes an ending, or a beginning if the model is a forward one; or a list of them, in batches of
+    `batch_size`. `stop` is a text or several, before which (in the model's direction) the new text
+    ends; `streamer` is one of `tokenizer.streamer`. Other options than these and `return_full_text`
+    are passed to `generate`; without a length among them, at most 256 tokens are new.
     """
 
     def _sanitize_parameters(
-        self, return_full_text: bool = True, **generate_kwargs: Any
+        self,
+        return_full_text: bool | None = None,
+        stop: str | Sequence[str] | None = None,
+        **generate_kwargs: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        return {}, generate_kwargs, {"return_full_text": return_full_text}
+        shown = {} if return_full_text is None else {"return_full_text": return_full_text}
+        if stop is not None:
+            generate_kwargs["stops"] = stop_texts(stop)
+        return {}, generate_kwargs, shown
 
     def preprocess(self, text: str) -> dict[str, Any]:
         return {"given": text}
 
-    def _forward(self, inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
-        prompt = self.tokenizer.prompt(inputs["given"])
-        tensors = {
-            name: prompt.pop(name).to(self.device) for name in ("input_ids", "attention_mask")
-        }
-        return {**inputs, "ids": self.model.generate(**tensors, **prompt, **generate_kwargs)}
+    def _forward(
+        self, inputs: dict[str, Any], stops: tuple[str, ...] = (), **generate_kwargs: Any
+    ) -> dict[str, Any]:
+        given = inputs["given"]
+        texts = [given] if isinstance(given, str) else given
+        prompt = self.tokenizer.prompt(texts)
+        new_texts = [self.tokenizer.new_text(text, stops) for text in texts]
+        given_tokens = prompt["input_ids"].shape[1]
+        for name in ("input_ids", "attention_mask"):
+            prompt[name] = prompt[name].to(self.device)
+        if not _LENGTHS & generate_kwargs.keys():
+            room = self.tokenizer.model_max_length - given_tokens
+            generate_kwargs["max_new_tokens"] = min(_MAX_NEW_TOKENS, room)
+        # Not by its class: transformers loads the tokenizer's copy of it apart from the pipeline's.
+        if (expect := getattr(generate_kwargs.get("streamer"), "expect", None)) is not None:
+            expect(texts[0], stops)
+        if stops:
+            theirs = generate_kwargs.pop("stopping_criteria", None) or []
+            ours = StopAtText(given_tokens, new_texts)
+            prompt["stopping_criteria"] = StoppingCriteriaList([*theirs, ours])
+        ids = self.model.generate(**prompt, **generate_kwargs)
+        rows_each = len(ids) // len(texts)
+        new = ids[:, given_tokens:].tolist()
+        written = [
+            [new_text.read(row)[0] for row in new[number * rows_each : (number + 1) * rows_each]]
+            for number, new_text in enumerate(new_texts)
+        ]
+        return {"given": given, "written": written[0] if isinstance(given, str) else written}
 
     def postprocess(
         self, outputs: dict[str, Any], return_full_text: bool = True
     ) -> list[dict[str, str]]:
-        given, texts = outputs["given"], []
-        for ids in outputs["ids"]:
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            if not return_full_text:
-                is_backward = self.tokenizer.direction == "backward"
-                text = text.removesuffix(given) if is_backward else text.removeprefix(given)
-            texts.append({"generated_text": text})
-        return texts
+        joined = self.tokenizer.new_text("").joined
+        given = outputs["given"] if return_full_text else ""
+        return [{"generated_text": joined(text, given)} for text in outputs["written"]]

@@ -10,9 +10,9 @@ model, the left ones are the last ones of the text. Uses that cannot give
 correct results raise an error.
 """
 
-import re
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +21,25 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedTokenizer
 
 from .generation_megaback import PromptRules
+from .new_text_megaback import NewText, reverse_words, stop_texts
 from .pieces_megaback import BEGIN_PIECE, END_PIECE, Pieces
+from .streaming_megaback import MegabackStreamer
 
+_START_PIECE = "<|im_start|>"
 _STOP_PIECE = "<|im_end|>"
 _REFUSAL_NAME = "tokenizer.json"
 """A file beside the vocabulary that no library can load, so that stock classes raise an error."""
-_RUNS = re.compile(r"\s+|\S+")
 _OTHER_SIDE = {"only_first": "only_second", "only_second": "only_first"}
 # Modules of transformers that assume that text grows at its end, and what to use instead.
 _FORWARD_ONLY = {
     "transformers.pipelines.text_generation": "the stock text-generation pipeline, which puts new "
-    "text behind the given one: use pipeline('text-generation', model=FOLDER, "
+    "text behind the given one: use pipeline('megaback-reverse', model=FOLDER, "
     "trust_remote_code=True), or prompt() and decode()",
     "transformers.generation.streamers": "a TextStreamer: this model's text grows at its beginning;"
-    " decode the whole list of ids after generation",
+    " use tokenizer.streamer()",
     "transformers.generation.stopping_criteria": "stop_strings, which are looked for at the end of "
-    "a text: look for them in the decoded text",
+    "a text: use `stop` of pipeline('megaback-reverse', …)",
 }
-
-
-def reverse_words(text: str) -> str:
-    """Reverse the sequence of words and of the whitespace between them: its own inverse."""
-    return "".join(reversed(_RUNS.findall(text)))
 
 
 class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
@@ -79,8 +76,50 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         """
         texts = _texts(text)
         parts = [self._prompt_ids(one) for one in texts]
-        first_ids = [first for _, first in parts]
-        return self._batch([ids for ids, _ in parts], first_ids, self.eos_token_id)
+        first_ids = [first for _, first, _ in parts]
+        return self._batch([ids for ids, _, _ in parts], first_ids, self.eos_token_id)
+
+    def new_text(
+        self,
+        given: str,
+        stop: str | Sequence[str] | None = None,
+        prompt_ids: list[int] | None = None,
+    ) -> NewText:
+        """Reader of the text that a model writes after `prompt(given)`, from its new ids.
+
+        `prompt_ids` are the ids that it was given, if they may be others: those of a chat, or of
+        `tokenizer(given)`. Raises ValueError for ids of another text.
+        """
+        ids, _, held_back = self._prompt_ids(given)
+        if prompt_ids is not None and prompt_ids != ids:
+            is_chat = not given and prompt_ids[:1] == [self._pieces.id_of(_START_PIECE)]
+            if not is_chat and prompt_ids != [self.bos_token_id, *self._encoded(given)]:
+                raise ValueError(
+                    f"the model was given another text than {given!r:.80}; pass the given text: "
+                    "tokenizer.streamer(given=text), or none for a chat"
+                )
+            held_back = b""
+        texts = self._pieces.texts
+        return NewText(texts, self.direction, self.unit, held_back, stop_texts(stop))
+
+    def streamer(
+        self,
+        on_text: Callable[[str], None] | None = None,
+        *,
+        given: str = "",
+        stop: str | Sequence[str] | None = None,
+        whole: bool = False,
+        timeout_s: float | None = None,
+    ) -> MegabackStreamer:
+        """Streamer of `generate` that passes each new part of the text to a function.
+
+        A part precedes the earlier ones if the model is backward; with `whole`, the text so far is
+        passed in place of it. Without a function, the parts are the streamer's items, for a thread
+        that iterates while another one generates. `given` is the text that `prompt` was given.
+        """
+        return MegabackStreamer(
+            self, on_text, given=given, stop=stop, whole=whole, timeout_s=timeout_s
+        )
 
     def chat_prompt(self, given: str | list[str]) -> dict[str, Any]:
         """Arguments of generate, for a fine-tuned model, of a response (backward) or an instruction
@@ -94,7 +133,7 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         if self.direction != "backward":
             given_role, written_role = written_role, given_role
         start_id, stop_id, given_id, written_id = map(
-            self._pieces.id_of, ("<|im_start|>", _STOP_PIECE, given_role, written_role)
+            self._pieces.id_of, (_START_PIECE, _STOP_PIECE, given_role, written_role)
         )
         rows = [
             [start_id, given_id, *self._encoded(text), stop_id, start_id, written_id]
@@ -282,19 +321,20 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
             parts = parts[::-1]
         return [*parts[0], *parts[1]]
 
-    def _prompt_ids(self, text: str) -> tuple[list[int], list[int] | None]:
-        """Ids of a text, and the ids allowed next; None for any."""
+    def _prompt_ids(self, text: str) -> tuple[list[int], list[int] | None, bytes]:
+        """Ids of a text, the ids allowed next (None for any), and the bytes that are held back."""
         ids = [self.bos_token_id, *self._encoded(text)]
         if len(ids) == 1:
-            return ids, None
+            return ids, None, b""
         texts = self._pieces.texts
         if self._reverses_words:
-            return ids, [
+            first_ids = [
                 i for i in self._writable if i == self.eos_token_id or texts[i][:1].isspace()
             ]
+            return ids, first_ids, b""
         held_back = texts[ids.pop()]
         contains = bytes.endswith if self._reverses_ids else bytes.startswith
-        return ids, [i for i in self._writable if contains(texts[i], held_back)]
+        return ids, [i for i in self._writable if contains(texts[i], held_back)], held_back
 
     def _batch(
         self, rows: list[list[int]], first_ids: list[list[int] | None], end_id: int
