@@ -65,6 +65,7 @@ setup(
         "transformers": ["transformers>=4.53"],
         # trafilatura asks for lxml_html_clean by a name that pip does not always find.
         "html": ["trafilatura>=2.0", "lxml_html_clean>=0.4"],
+        "lora": ["peft>=0.15"],
         "plot": ["matplotlib>=3.8"],
         "serve": ["fastapi>=0.115", "prometheus-client>=0.20", "uvicorn>=0.32"],
         "wandb": ["wandb>=0.19"],

@@ -254,6 +254,11 @@ def _require_fit(config: Config, trunk: Config, point: BranchPoint) -> None:
     where = f"branch_from {point.checkpoint}"
     ours, theirs = ({"model": one.model.architecture()} for one in (config, trunk))
     _refuse(differing_keys(theirs, ours, ["model"]), f"{where} has", "change the config's model")
+    _refuse(
+        differing_keys(trunk.model_dump(), config.model_dump(), ["finetune"]),
+        f"{where} was trained with",
+        "use the same values, or start from its weights alone, with init_from",
+    )
     if point.continues("optimizer"):
         _refuse(
             differing_keys(trunk.model_dump(), config.model_dump(), ["optimizer.name"]),

@@ -13,6 +13,7 @@ from pydantic import field_validator, model_validator
 from data_pipeline.common import number_ranges as ranges
 from megaback.config_batch import BatchSection, unequal_heads
 from megaback.config_data import Base, DataSection
+from megaback.config_finetune import FinetuneSection
 from megaback.config_operation import (
     CheckpointSection,
     GuardSection,
@@ -318,6 +319,8 @@ class Config(Section):
     """Optimizer, learning-rate schedule and clipping."""
     training: TrainingSection
     """Length, precision and seed of training."""
+    finetune: FinetuneSection = FinetuneSection()
+    """Fine-tuning of few weights: LoRA."""
     zero: ZeroSection = ZeroSection()
     """Sharding and offload of training state (DeepSpeed ZeRO)."""
     hardware: HardwareSection = HardwareSection()
@@ -345,6 +348,22 @@ class Config(Section):
             )
         if self.branch_from is None and self.keep != ALL_KEPT:
             raise ValueError("keep is for branches only; set branch_from or remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _base_of_lora(self) -> "Config":
+        if self.finetune.adapters is None:
+            return self
+        if self.init_from is None and self.branch_from is None:
+            raise ValueError(
+                "finetune.lora trains updates of a model's weights, so it needs init_from too; set "
+                "it or remove finetune.lora"
+            )
+        if self.optimizer.name != "adamw":
+            raise ValueError(
+                "optimizer.name muon is for whole matrices, and finetune.lora trains factors of "
+                "their updates; set it to adamw"
+            )
         return self
 
     @model_validator(mode="after")

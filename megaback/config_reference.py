@@ -115,6 +115,9 @@ def _keys(section: type[Section], prefix: str, fields: dict[str, FieldInfo]) -> 
     hints = get_type_hints(section, include_extras=True)
     described = _described(section)
     for name, field in fields.items():
+        if _is_section(hints[name]):
+            yield from _keys(hints[name], f"{prefix}{name}.", hints[name].model_fields)
+            continue
         values = tuple(dict.fromkeys(_values(hints[name])))
         default = None if field.is_required() else _default(field.default)
         parts = list(_parts(hints[name]))

@@ -66,10 +66,12 @@ BASE_FOLDER = ".base"
 TENSORS_SUFFIX = ".safetensors"
 WEIGHTS_PREFIX = "weights-"
 OPTIMIZER_PREFIX = "optimizer-"
+FROZEN_NAME = f"base{TENSORS_SUFFIX}"
+"""Frozen weights of a run with LoRA, beside its checkpoints and, as the same file, in each."""
 STEP_FOLDER = re.compile(rf"{STEP_PREFIX}[0-9]{{8}}")
 FILE_NAME = re.compile(
     rf"({WEIGHTS_PREFIX}|{OPTIMIZER_PREFIX})[0-9]{{5,}}{re.escape(TENSORS_SUFFIX)}"
-    rf"|{re.escape(TOKENIZER_NAME)}"
+    rf"|{re.escape(FROZEN_NAME)}|{re.escape(TOKENIZER_NAME)}"
 )
 """File names that a checkpoint's meta.json may list."""
 CHECKPOINT_FILE = re.compile(rf"{FILE_NAME.pattern}|{re.escape(META_NAME)}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from megaback.checkpoints.checkpoint import CheckpointMeta
 from megaback.checkpoints.remote_copy import CheckpointCopier
+from megaback.checkpoints.safetensors_file import SizeAndHash
 from megaback.checkpoints.saver import CheckpointSaver
 from megaback.checkpoints.state import named_state, saved_index
 from megaback.config_operation import CheckpointSection
@@ -33,8 +34,9 @@ class CheckpointPipeline:
         watchdog: Watchdog,
         log: Callable[[str], None],
         pinned_steps: frozenset[int] = frozenset(),
+        frozen: SizeAndHash | None = None,
     ) -> None:
-        """`log` receives messages for the user; checkpoints of `pinned_steps` are kept.
+        """`log` receives messages for the user; `pinned_steps`, `frozen`: as of CheckpointSaver.
 
         Ends all ranks for an invalid `copy_to`.
         """
@@ -43,7 +45,7 @@ class CheckpointPipeline:
         self._world, self._watchdog, self.log = world, watchdog, log
         fence = watchdog.fence
         self._copier = world.run_collectively(CheckpointCopier, run, section, world, fence)
-        self._saver = CheckpointSaver(run, tokenizer, section, world, fence, pinned_steps)
+        self._saver = CheckpointSaver(run, tokenizer, section, world, fence, pinned_steps, frozen)
 
     @property
     def is_writing(self) -> bool:

@@ -19,6 +19,7 @@ from data_pipeline.common.own_files import remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, StorageError
 from data_pipeline.shards.manifest import TOKENIZER_NAME
 from megaback.checkpoints.checkpoint import CheckpointMeta, complete, read_meta, verify_together
+from megaback.checkpoints.frozen_weights import link_frozen
 from megaback.checkpoints.host_copy import HostCopy
 from megaback.checkpoints.safetensors_file import SizeAndHash, size_and_hash, write_tensors
 from megaback.checkpoints.saved_runs import WEIGHT, part_names
@@ -29,6 +30,7 @@ from megaback.run_folder import (
     BEST_NAME,
     CHECKPOINT_FILE,
     CHECKPOINTS_FOLDER,
+    FROZEN_NAME,
     LATEST_NAME,
     META_NAME,
     STEP_FOLDER,
@@ -50,9 +52,12 @@ class CheckpointSaver:
         world: World,
         fence: Fence = NO_FENCE,
         pinned_steps: frozenset[int] = frozenset(),
+        frozen: SizeAndHash | None = None,
     ) -> None:
-        """`pinned_steps`: steps whose checkpoints are never deleted."""
+        """`pinned_steps`: steps whose checkpoints are never deleted; `frozen`: size and hash of the
+        frozen weights beside the checkpoints, which each of them contains."""
         self._pinned_steps = pinned_steps
+        self._frozen = frozen if world.is_first else None
         self._folder = run / CHECKPOINTS_FOLDER
         self._tokenizer = tokenizer
         self._section = section
@@ -100,7 +105,9 @@ class CheckpointSaver:
         self._fence.check()
         world.run_collectively(_make_empty, target, world)
         copy = self._copied(state)
-        self._open = _Writing(target, meta, copy, world.rank, self._fence, is_best=is_best)
+        writing = _Writing(target, meta, copy, world.rank, self._fence, is_best=is_best)
+        writing.frozen = self._frozen
+        self._open = writing
         self._open.start()
         if not self._section.background:
             self.finish()
@@ -163,6 +170,7 @@ class _Writing(Thread):
         self.target, self.meta = target, meta
         self.files: dict[str, SizeAndHash] = {}
         self.error: StorageError | None = None
+        self.frozen: SizeAndHash | None = None
         weights = [key for key in tensors if key.startswith(WEIGHT + ":")]
         others = [key for key in tensors if not key.startswith(WEIGHT + ":")]
         self._tensors = tensors
@@ -170,6 +178,10 @@ class _Writing(Thread):
 
     def run(self) -> None:
         try:
+            if self.frozen is not None:
+                path = self.target / FROZEN_NAME
+                link_frozen(self.target.parent / FROZEN_NAME, path, self._fence)
+                self.files[FROZEN_NAME] = self.frozen
             for name, keys in self._parts.items():
                 specs = {key: (self._tensors[key].dtype, self._tensors[key].shape) for key in keys}
                 fence = self._fence

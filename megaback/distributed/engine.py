@@ -41,10 +41,13 @@ def start_engine(
 
     _import_deepspeed_muon()
     matrix_dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    named = model.named_parameters()
+    stage = config.zero.stage
+    named = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
     optimizer = build_optimizer(named, config.model, config.optimizer, matrix_dtype)
-    fields = deepspeed_config(config, micro_batch_rows, accumulation_steps, model.num_parameters())
-    stage, nodes = config.zero.stage, whole_group()
+    num_trained = sum(one.numel() for _, one in named)
+    sizes = model.num_parameters(), num_trained
+    fields = deepspeed_config(config, micro_batch_rows, accumulation_steps, *sizes)
+    nodes = whole_group()
     if config.zero.hierarchical:
         nodes = node_group(config.hardware.collective_timeout_s)
     if stage == 3 and nodes.num_replicas > 1:
@@ -84,11 +87,15 @@ def _import_deepspeed_muon() -> None:
 
 
 def deepspeed_config(
-    config: Config, micro_batch_rows: int, accumulation_steps: int, num_parameters: int
+    config: Config,
+    micro_batch_rows: int,
+    accumulation_steps: int,
+    num_parameters: int,
+    num_trained: int | None = None,
 ) -> dict[str, Any]:
-    """The DeepSpeed config that corresponds to ours."""
+    """The DeepSpeed config that corresponds to ours. `num_trained`: None if all parameters are."""
     stage = config.zero.stage
-    bucket = bucket_elements(num_parameters)
+    bucket = bucket_elements(num_trained or num_parameters)
     fields: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_rows,
         "gradient_accumulation_steps": accumulation_steps,
@@ -109,7 +116,8 @@ def deepspeed_config(
         fields["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if stage == 3:
         del fields["zero_optimization"]["allgather_bucket_size"]
-        fields["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket
+        prefetched = bucket_elements(num_parameters)  # frozen weights too
+        fields["zero_optimization"]["stage3_prefetch_bucket_size"] = prefetched
     if config.training.precision == "bf16":
         if stage == 0:
             # At stage 0, DeepSpeed's bf16 optimizer takes a step on zero gradients at startup.

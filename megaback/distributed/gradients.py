@@ -81,7 +81,7 @@ def accumulate_in_fp32(engine: Any) -> None:
         accumulate = zero._fill_param_grad_accum_attribute
     else:
         accumulate = _convert
-    for weight in engine.module.parameters():
+    for weight in filter(lambda one: one.requires_grad, engine.module.parameters()):
         weight.register_post_accumulate_grad_hook(accumulate)
 
 

@@ -66,10 +66,15 @@ def initial_weights(
 def parameter_rule(
     name: str, parameter: nn.Parameter, shape: ModelSection, section: OptimizerSection
 ) -> ParameterRule:
-    """Rule of a parameter of ReverseGPT, by parameter name; no weight decay on norms."""
+    """Rule of a parameter of ReverseGPT, by parameter name; no weight decay on norms.
+
+    Learning rates of LoRA's matrices do not depend on the width.
+    """
     ratio, rate = _width_ratio(shape), section.learning_rate
     if parameter.ndim < 2:
         return ParameterRule(rate, 0.0, False)
+    if ".lora_" in name:
+        return ParameterRule(rate, section.weight_decay, False)
     if "embed_tokens" in name:
         return ParameterRule(rate, section.weight_decay, False)
     if section.name == "muon" and "lm_head" not in name:

@@ -68,7 +68,9 @@ class _ChunkedLoss(torch.autograd.Function):
         nats_T = torch.empty(targets_T.shape, dtype=torch.float32, device=hidden_TD.device)
         if has_gradient:
             hidden_gradient_TD = torch.empty_like(hidden_TD)
-            weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+            weight_gradient_VD = None
+            if ctx.needs_input_grad[1]:
+                weight_gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         num_tokens = len(targets_T)
         num_chunks = max(-(-num_tokens // chunk_tokens), 1)
         for number in range(num_chunks):
@@ -92,6 +94,8 @@ class _ChunkedLoss(torch.autograd.Function):
             gradient_CV *= is_target_C1
             low_CV = gradient_CV.to(dtype)
             hidden_gradient_TD[part] = low_CV @ low_VD
+            if weight_gradient_VD is None:
+                continue
             if dtype == torch.float32:
                 torch.addmm(weight_gradient_VD, low_CV.t(), part_CD, out=weight_gradient_VD)
             else:
@@ -107,11 +111,10 @@ class _ChunkedLoss(torch.autograd.Function):
         is_same_T = (gradient_T == factor) | (gradient_T.isnan() & factor.isnan())
         torch._assert_async(is_same_T.all(), "losses in chunks can only be summed, not weighted")
         hidden_dtype, weight_dtype = ctx.dtypes
-        return (
-            (hidden_gradient_TD * factor).to(hidden_dtype),
-            weight_gradient_VD.mul_(factor).to(weight_dtype),
-            *(None,) * 4,
-        )
+        if weight_gradient_VD is not None:
+            weight_gradient_VD = weight_gradient_VD.mul_(factor).to(weight_dtype)
+        hidden_gradient_TD = (hidden_gradient_TD * factor).to(hidden_dtype)
+        return hidden_gradient_TD, weight_gradient_VD, *(None,) * 4
 
 
 def _product_dtype(hidden_TD: Tensor) -> torch.dtype:

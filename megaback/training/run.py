@@ -6,6 +6,7 @@ from typing import IO, Any
 
 from data_pipeline.loading.order import ORDER_VERSION
 from megaback.checkpoints.checkpoint import CheckpointMeta
+from megaback.checkpoints.safetensors_file import SizeAndHash
 from megaback.checkpoints.state import num_updates
 from megaback.config import ALL_KEPT, Config
 from megaback.data import Data
@@ -14,6 +15,7 @@ from megaback.distributed.world import World
 from megaback.faults.watchdog import Watchdog
 from megaback.horizons import horizons_of
 from megaback.model.compiler import GraphCounter
+from megaback.planning.adapters import num_trained
 from megaback.training.start import Changes
 from megaback.training.suites import Suites
 
@@ -32,6 +34,7 @@ class Run:
     compiler: GraphCounter | None
     """Compiler of the model, if it is compiled."""
     num_parameters: int
+    """Number of all parameters, with frozen ones."""
     flops_per_token: float
     peak_flops: float | None
     excluded: tuple[tuple[int, int], ...]
@@ -43,6 +46,8 @@ class Run:
     """Keys of the config that were changed on resume."""
     suites: Suites | None
     """Benchmarks that are measured during training."""
+    frozen: SizeAndHash | None = None
+    """Size and hash of the file with the frozen weights, of a run with LoRA."""
     begins_branch: bool = False
     """Whether this start is the first of a branch, which has no checkpoint of its own yet."""
 
@@ -110,9 +115,13 @@ def batch_arithmetic(run: Run, world: World) -> str:
     lines = "".join(f"\n  {use.shown()}" for use in uses) if len(uses) > 1 else ""
     if data.mixed.end_reason is not None:
         lines += f"\n  the run ends early: {data.mixed.end_reason}"
+    trained = ""
+    if (adapters := config.finetune.adapters) is not None:
+        number = num_trained(config.model, adapters)
+        trained = f" ({number:,} of them trained: LoRA of rank {adapters.rank})"
     return (
-        f"{run.num_parameters:,} parameters, vocabulary {data.codec.vocab_size:,}, writing "
-        f"{data.text_format.directions.value} by {data.text_format.unit.value}; attention "
+        f"{run.num_parameters:,} parameters{trained}, vocabulary {data.codec.vocab_size:,}, "
+        f"writing {data.text_format.directions.value} by {data.text_format.unit.value}; attention "
         f"{run.attention}, {config.training.precision}{compiled}, ZeRO stage {config.zero.stage}, "
         f"{world.device.type}\n"
         f"step: {data.micro_batch_rows} rows x {config.batch.context_tokens} tokens x "

@@ -10,6 +10,7 @@ from data_pipeline.loading.order import require_order_version
 from megaback.checkpoints.checkpoint import CheckpointMeta
 from megaback.config import Config, ModelSection
 from megaback.config_data import DEFAULT_FORWARD_SHARE
+from megaback.config_finetune import FinetuneSection
 from megaback.data import Data
 
 # All other keys may change on resume; these determine the batches or the saved state.
@@ -24,6 +25,7 @@ _FIXED_KEYS = (
     "training.seed",
     "training.precision",
     "optimizer.name",
+    "finetune",
 )
 
 
@@ -66,7 +68,9 @@ def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
     value."""
     model = ModelSection.model_validate(fields["model"]).resolved()
     share = fields["data"].get("forward_share") or DEFAULT_FORWARD_SHARE
+    finetune = FinetuneSection.model_validate(fields.get("finetune", {}))
     return fields | {
+        "finetune": finetune.model_dump(mode="json"),
         "model": model.model_dump(mode="json"),
         "data": {
             "rows": "stream",

@@ -54,7 +54,9 @@ from megaback.model.attention_choice import (
 )
 from megaback.model.compiler import GraphCounter, why_not_compiled
 from megaback.model.gpt import ReverseGPT
+from megaback.model.lora import initial_adapters, require_peft
 from megaback.model.mup import initial_weights
+from megaback.planning.adapters import adapter_shapes
 from megaback.planning.flops import flops_per_token
 from megaback.planning.memory_room import AvailableMemory, require_memory
 from megaback.run_folder import (
@@ -72,6 +74,7 @@ from megaback.training.base import (
     remove_fetched_base,
 )
 from megaback.training.branch import continue_records
+from megaback.training.frozen_base import freeze_base
 from megaback.training.run import Run
 from megaback.training.same_run import require_same_run
 from megaback.training.start import (
@@ -110,6 +113,8 @@ def prepare_run(
     world.run_collectively(require_same_attention, world.gather(attention.name, str))
     compiler = world.run_collectively(_choose_compiler, config, world, attention)
     world.run_collectively(require_installed, config)
+    if config.finetune.adapters is not None:
+        world.run_collectively(require_peft)
     world.run_collectively(_on_first_rank, world, _require_copy_target, config, data)
     seen_step = _newest_step(config, world)
     found, fetched_meta = _find_start(config, world)
@@ -183,7 +188,12 @@ def prepare_run(
     watchdog.set_phase("starting", start_step)
     attended = world.run_collectively(data.attended_tokens)
     token_flops = flops_per_token(config.model, data.codec.vocab_size, attended)
-    num_parameters, shapes = model.num_parameters(), model.shapes()
+    adapters, shapes, frozen = config.finetune.adapters, model.shapes(), None
+    if adapters is not None:
+        held = found or trunk or base.weights
+        assert held is not None
+        frozen = freeze_base(model, adapters, config.run, world, watchdog.fence, held)
+    num_parameters = model.num_parameters()
     if compiler is not None and not attention.is_traceable:
         model.exclude_attention_from_compile()
     engine = start_engine(model, config, data.micro_batch_rows, data.accumulation_steps, compiler)
@@ -194,8 +204,13 @@ def prepare_run(
         load_into_engine(engine, *trunk, world, only_weights=only_weights)
     else:
         # Into the engine rather than the model, of which it only has copies in bf16.
-        if (given := base.weights) is not None:
-            weights: Iterable[tuple[str, Tensor]] = ((name, given.read(name)) for name in shapes)
+        if adapters is not None:
+            adapter_sizes = adapter_shapes(config.model, adapters)
+            weights: Iterable[tuple[str, Tensor]] = initial_adapters(
+                adapter_sizes, config.training.seed
+            )
+        elif (given := base.weights) is not None:
+            weights = ((name, given.read(name)) for name in shapes)
         else:
             weights = initial_weights(config.model, shapes, config.training.seed)
         world.run_collectively(load_weights, engine, weights)
@@ -222,6 +237,7 @@ def prepare_run(
         lock=lock,
         changes=changes,
         suites=suites,
+        frozen=frozen,
         begins_branch=trunk is not None,
     )
 

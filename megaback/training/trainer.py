@@ -70,6 +70,7 @@ class Trainer:
             run.watchdog,
             self.log,
             run.pinned_steps,
+            run.frozen,
         )
         self._ahead = StepAhead(run, world, stop, self._checkpoints)
         send = partial(

@@ -13,10 +13,13 @@ from data_pipeline.common.file_names import path_within
 from data_pipeline.errors import CheckpointCorruptError
 from data_pipeline.shards.manifest import TOKENIZER_NAME
 from megaback.checkpoints.checkpoint import CheckpointMeta, config_of, find_checkpoint, saved_state
+from megaback.checkpoints.frozen_weights import open_frozen, require_shapes
 from megaback.checkpoints.safetensors_file import Spec
 from megaback.checkpoints.saved_runs import WEIGHT
 from megaback.config import Config
 from megaback.model.gpt import ReverseGPT
+from megaback.model.lora import with_updates
+from megaback.planning.adapters import adapter_shapes, factors_of_matrices
 from megaback.run_folder import MODEL_CONFIG_NAME
 from megaback.weights.identity import Branching, WeightsIdentity
 from megaback.weights.model_folder import (
@@ -77,18 +80,26 @@ def open_checkpoint(path: Path, part: int = 0, parts: int = 1) -> WeightSource:
     )
     saved = saved_state(target, meta, only_weights=True)
     shapes = shapes_of(description.shape, description.vocab_size)
-    differing = saved.differences({(WEIGHT, name): prod(shapes[name]) for name in shapes})
+    adapters = config.finetune.adapters
+    stored = shapes if adapters is None else adapter_shapes(config.model, adapters)
+    differing = saved.differences({(WEIGHT, name): prod(stored[name]) for name in stored})
     if differing:
         raise CheckpointCorruptError(
             f"the checkpoint {target} does not match the model of its config: {differing[0]} "
             f"({len(differing)} differ); use another one"
         )
 
-    def read(name: str) -> Tensor:
-        weight = torch.empty(shapes[name])
+    def read_trained(name: str) -> Tensor:
+        weight = torch.empty(stored[name])
         saved.read(WEIGHT, name, 0, weight.view(-1))
         return weight
 
+    read: Callable[[str], Tensor] = read_trained
+    if adapters is not None:
+        frozen = open_frozen(target, meta)
+        require_shapes(target, frozen, shapes)
+        factors = factors_of_matrices(config.model, adapters)
+        read = with_updates(factors, adapters.scale, frozen.tensor, read_trained)
     return WeightSource(description, _tokenizer_of(target, meta), shapes, read)
 
 

@@ -107,8 +107,10 @@ class PlainResult:
     model: ReverseGPT
 
 
-def train_plainly(config: Config) -> PlainResult:
+def train_plainly(config: Config, model: ReverseGPT | None = None) -> PlainResult:
     """Train in this process: no ranks, no accumulation, no DeepSpeed, whole logits.
+
+    `model`: its initial state, by default that of the config's seed.
 
     bf16 is autocast's. AdamW is written out here; Muon is ours, on whole matrices (its update is
     compared with PyTorch's own Muon elsewhere).
@@ -116,8 +118,9 @@ def train_plainly(config: Config) -> PlainResult:
     torch.set_num_threads(1)  # fastest for a model this small
     data = open_data(config, 0, 1)
     section = config.optimizer
-    model = ReverseGPT(config.model, data.codec.vocab_size)
-    model.initialize(config.training.seed)
+    if model is None:
+        model = ReverseGPT(config.model, data.codec.vocab_size)
+        model.initialize(config.training.seed)
     model.train()
     optimizer = _plain_optimizer(model, config)
     is_bf16 = config.training.precision == "bf16"

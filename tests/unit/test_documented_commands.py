@@ -237,7 +237,7 @@ def test_keys_of_the_config_within_a_sentence_exist(path: Path) -> None:
     known = set(keys_of(Config))
     sections = "|".join(Config.model_fields)
     named = re.findall(rf"`((?:{sections})\.[a-z_0-9]+)(?:=[^`]*)?`", path.read_text())
-    others = re.compile(r"\w+\.(md|py|json|safetensors|gguf|bin)|model\.generate")
+    others = re.compile(r"\w+\.(md|py|json|safetensors|gguf|bin|sbatch)|model\.generate")
     assert [key for key in named if key not in known and not others.fullmatch(key)] == []
 
 

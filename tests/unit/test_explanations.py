@@ -62,7 +62,8 @@ def first_word(text: str) -> str:
 
 
 def config_fields() -> dict[str, str | None]:
-    names = [f"config{part}.py" for part in ("", "_batch", "_data", "_operation", "_validation")]
+    parts = ("", "_batch", "_data", "_finetune", "_operation", "_validation")
+    names = [f"config{part}.py" for part in parts]
     trees = [ast.parse((ROOT / "megaback" / name).read_text(encoding="utf-8")) for name in names]
     return {
         f"{section.name}.{field.target.id}": text

@@ -24,7 +24,7 @@ FLOORS = [
     ["megaback.run_folder", "megaback.yaml_edit"],
     ["megaback.copy_location"],
     ["megaback.config_messages", "megaback.config_section", "megaback.use_commands"],
-    ["megaback.config_data", "megaback.config_validation"],
+    ["megaback.config_data", "megaback.config_finetune", "megaback.config_validation"],
     ["megaback.config_batch", "megaback.config_operation"],
     ["megaback.config"],
     ["megaback.branches"],

@@ -32,6 +32,7 @@ def test_a_key_a_section_or_all() -> None:
 def test_lists_are_shown_as_yaml_has_them() -> None:
     shown = {one.key: one for part in config_parts() for one in part.keys}
     assert {key for key, one in shown.items() if one.is_list} == {
+        "finetune.lora.target_modules",
         "keep",
         "optimizer.decay_at",
         "validation.samples",

@@ -1,0 +1,149 @@
+"""LoRA in our own fine-tuning, against the same training with peft in a plain loop."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.text.codec import TextCodec
+from megaback.checkpoints.safetensors_file import TensorFile
+from megaback.config import ModelSection
+from megaback.model.gpt import ReverseGPT
+from megaback.run_folder import complete_checkpoints
+from megaback.weights.source import open_source
+from tests.helpers.models import write_model
+from tests.helpers.tiny_run import (
+    curve_of,
+    metrics_of,
+    read_run_config,
+    tiny_config,
+    train_plainly,
+    val_losses_of,
+)
+
+pytestmark = pytest.mark.slow
+
+RunOf = Callable[..., Path]
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+LORA = (
+    "finetune.lora.rank=4",
+    "finetune.lora.alpha=12",
+    f"finetune.lora.target_modules=[{','.join(TARGETS)}]",
+    "optimizer.learning_rate=0.02",
+    "optimizer.warmup_steps=0",
+    "training.steps=6",
+    "checkpoint.every_steps=3",
+    "validation.every_steps=6",
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, codec: Callable[..., TextCodec]) -> Path:
+    """A model's folder, of the tiny config's shape."""
+    shape = ModelSection.model_validate(tiny_config(Path())["model"]).resolved()
+    model = ReverseGPT(shape, codec().vocab_size)
+    model.initialize(8)
+    return write_model(tmp_path_factory.mktemp("base") / "base", model, codec())
+
+
+@pytest.fixture(scope="module")
+def plain_losses(base: Path, tiny_shards: Path) -> list[float]:
+    """Losses of the same steps in a plain loop, with peft's own layers."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from megaback.model.lora import initial_adapters
+    from megaback.planning.adapters import adapter_shapes
+
+    config = read_run_config(tiny_shards, f"init_from={base}", *LORA)
+    source = open_source(base)
+    model = ReverseGPT(config.model, source.description.vocab_size)
+    source.fill(model)
+    settings = LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS)
+    inject_adapter_in_model(settings, model)
+    sizes = adapter_shapes(config.model, config.finetune.lora)
+    for name, factor in initial_adapters(sizes, config.training.seed):
+        model.get_parameter(name).data.copy_(factor)
+    return train_plainly(config, model).losses
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ("zero.stage=0",),
+        ("zero.stage=1",),
+        ("zero.stage=2", "training.activation_checkpointing=selective"),
+        ("zero.stage=3",),
+        ("zero.stage=3", "training.activation_checkpointing=block", "zero.reduce_once=true"),
+    ],
+    ids=" ".join,
+)
+def test_every_stage_gives_the_losses_of_a_plain_loop_with_peft(
+    ways: tuple[str, ...], base: Path, run_of: RunOf, plain_losses: list[float]
+) -> None:
+    losses = curve_of(run_of(f"init_from={base}", *LORA, *ways))
+
+    assert losses == pytest.approx(plain_losses, abs=1e-5)
+    assert losses[-1] < losses[0] - 0.02
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Path, run_of: RunOf) -> Path:
+    return run_of(f"init_from={base}", *LORA, "zero.stage=1")
+
+
+def test_one_rank_gives_the_losses_of_two(tuned: Path, base: Path, lonely_run_of: RunOf) -> None:
+    alone = lonely_run_of(f"init_from={base}", *LORA, "zero.stage=1")
+
+    assert curve_of(alone) == pytest.approx(curve_of(tuned), abs=1e-5)
+
+
+def test_the_base_is_unchanged_and_in_every_checkpoint_as_one_file(tuned: Path, base: Path) -> None:
+    first, last = complete_checkpoints(tuned)[-2:]
+    source = open_source(base)
+
+    frozen = TensorFile(last / "base.safetensors")
+    assert frozen.entries.keys() == source.shapes.keys()
+    for name in source.shapes:
+        assert torch.equal(frozen.tensor(name), source.read(name))
+    assert (first / "base.safetensors").samefile(last / "base.safetensors")
+    assert "base.safetensors" in json.loads((last / "meta.json").read_text())["files"]
+
+
+def test_the_merged_model_has_the_val_loss_of_the_run(
+    tuned: Path, base: Path, lonely_run_of: RunOf
+) -> None:
+    assert val_losses_of(tuned)[6] < val_losses_of(tuned)[0] - 0.01
+    merged = lonely_run_of(f"init_from={tuned}", "training.steps=1", "validation.every_steps=1")
+
+    assert val_losses_of(merged)[0] == pytest.approx(val_losses_of(tuned)[6], abs=1e-5)
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one_without_its_base(
+    tuned: Path, base: Path, tmp_path: Path, warm_ranks: Callable[[int], object]
+) -> None:
+    run = Path(shutil.copytree(tuned, tmp_path / "run"))
+    newest = complete_checkpoints(run)[-1]
+    expected = {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+    shutil.rmtree(newest)
+    (run / "checkpoints" / "base.safetensors").unlink()
+
+    resume = (f"run={run}", f"init_from={tmp_path / 'deleted'}")
+    warm_ranks(2).train(run / "config.yaml", resume, tmp_path / "out.txt")  # type: ignore[attr-defined]
+
+    assert metrics_of(run) == metrics_of(tuned)
+    assert {path.name: path.read_bytes() for path in newest.glob("*.safetensors")} == expected
+
+
+def test_another_number_of_ranks_and_stage_resumes(
+    tuned: Path, tmp_path: Path, warm_ranks: Callable[[int], object]
+) -> None:
+    run = Path(shutil.copytree(tuned, tmp_path / "run"))
+    shutil.rmtree(complete_checkpoints(run)[-1])
+
+    resume = (f"run={run}", "zero.stage=3")
+    warm_ranks(1).train(run / "config.yaml", resume, tmp_path / "out.txt")  # type: ignore[attr-defined]
+
+    assert curve_of(run) == pytest.approx(curve_of(tuned), abs=1e-5)
