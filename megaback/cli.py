@@ -67,6 +67,15 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
         "Build data sets for fine-tuning.",
         {"build": ("data_pipeline.build.instruct", "Encode instruction rows into shards.")},
     ),
+    "import": (
+        "Bring data and models of other programs.",
+        {
+            "shards": (
+                "data_pipeline.build.import_shards",
+                "Import token ids of nanoGPT, Megatron-LM, datatrove or MDS into shards.",
+            ),
+        },
+    ),
     "shards": (
         "Build and inspect data sets.",
         {

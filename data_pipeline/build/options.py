@@ -54,6 +54,28 @@ compression_level_option = click.option(
     show_default=True,
     help="Compression level of zstd: higher is smaller and slower to write.",
 )
+deduplicate_option = click.option(
+    "--deduplicate",
+    is_flag=True,
+    help="Remove exact duplicates; uses twice the disk space until the build ends.",
+)
+limit_documents_option = click.option(
+    "--limit-documents",
+    type=COUNT.option,
+    help="Maximum number of documents; the first ones are kept. Default: all.",
+)
+limit_tokens_option = click.option(
+    "--limit-tokens",
+    type=COUNT.option,
+    help="Maximum total number of tokens; the first documents are kept. Default: all.",
+)
+shard_tokens_option = click.option(
+    "--shard-tokens",
+    type=COUNT.option,
+    default=1 << 26,
+    show_default=True,
+    help="Target number of tokens per shard; documents are never split.",
+)
 
 
 def direction_option(what: str) -> Callable[[_Function], _Function]:
@@ -159,29 +181,11 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
     ),
     "on_bad_record": on_bad_record_option("stop"),
     "max_record_bytes": max_record_bytes_option,
-    "deduplicate": click.option(
-        "--deduplicate",
-        is_flag=True,
-        help="Remove exact duplicates; uses twice the disk space until the build ends.",
-    ),
-    "limit_documents": click.option(
-        "--limit-documents",
-        type=COUNT.option,
-        help="Maximum number of documents; the first ones are kept. Default: all.",
-    ),
-    "limit_tokens": click.option(
-        "--limit-tokens",
-        type=COUNT.option,
-        help="Maximum total number of tokens; the first documents are kept. Default: all.",
-    ),
+    "deduplicate": deduplicate_option,
+    "limit_documents": limit_documents_option,
+    "limit_tokens": limit_tokens_option,
     "frame_tokens": frame_tokens_option,
-    "shard_tokens": click.option(
-        "--shard-tokens",
-        type=COUNT.option,
-        default=1 << 26,
-        show_default=True,
-        help="Target number of tokens per shard; documents are never split.",
-    ),
+    "shard_tokens": shard_tokens_option,
     "compression_level": compression_level_option,
 }
 

@@ -23,13 +23,14 @@ from data_pipeline.common.limits import MAX_PLAN_BYTES
 from data_pipeline.common.regular_files import require_no_link
 from data_pipeline.errors import ConfigError, OutputExistsError, ShardsMissingError
 from data_pipeline.sources.documents import Slice
-from data_pipeline.sources.registry import list_source, require_none_shared
+from data_pipeline.sources.registry import Listing, list_source, require_none_shared
 from data_pipeline.sources.skipped import (
     Skipped,
     merged,
     skipped_from_json,
     skipped_to_json,
 )
+from data_pipeline.sources.tokenized.registry import list_tokenized
 from data_pipeline.sources.weighted import WeightedSource
 
 PLAN_NAME = "plan.json"
@@ -194,10 +195,7 @@ def make_plan(
     OutputExistsError when a link in a source leads to `out`, and ConfigError when a file would be
     in the train set and in the val set.
     """
-    columns = settings.columns
-    how: dict[str, Any] = {"skips_bad": settings.on_bad_record == "skip"}
-    how["max_record_bytes"] = settings.max_record_bytes
-    listings = [list_source(part.source, columns, **how) for part in settings.sources]
+    listings = [_listed(part.source, settings) for part in settings.sources]
     if out is not None:
         for part, listing in zip(settings.sources, listings, strict=True):
             listing.require_outside(part.source, out)
@@ -215,6 +213,17 @@ def make_plan(
     )
     sizes = [portion.piece.size_bytes * portion.fraction for portion in plan.portions]
     return replace(plan, task_portions=cut_evenly(sizes, num_tasks))
+
+
+def _listed(source: str, settings: BuildSettings) -> Listing:
+    if settings.tokenized is not None:
+        return list_tokenized(source, settings.tokenized)
+    return list_source(
+        source,
+        settings.columns,
+        skips_bad=settings.on_bad_record == "skip",
+        max_record_bytes=settings.max_record_bytes,
+    )
 
 
 def _passes(part: WeightedSource, slices: Sequence[Slice]) -> list[Portion]:

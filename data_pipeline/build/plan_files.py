@@ -9,9 +9,10 @@ from data_pipeline.common.checked_json import briefly, checked, require_within
 from data_pipeline.common.number_ranges import INT64_MAX
 from data_pipeline.sources.documents import Slice
 from data_pipeline.sources.files import FILE_KINDS
+from data_pipeline.sources.tokenized.registry import TOKENIZED_KINDS
 from data_pipeline.storage.address_variables import kept
 
-_KINDS = FILE_KINDS | {"hub", "novels", "pydocs"}
+_KINDS = FILE_KINDS | TOKENIZED_KINDS | {"hub", "novels", "pydocs"}
 
 
 def files_of(slices: Sequence[Slice]) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from data_pipeline.shards.writer import DEFAULT_FRAME_TOKENS
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.documents import AnyColumns, Columns, Document
 from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES
+from data_pipeline.sources.tokenized.documents import TokenizedFormat
 from data_pipeline.sources.weighted import BAD_RECORD_CHOICES, WeightedSource
 from data_pipeline.text.codec import Direction, Unit
 
@@ -72,6 +73,8 @@ class BuildSettings:
     """Whether the text of HTML pages is read."""
     max_record_bytes: int = DEFAULT_MAX_RECORD_BYTES
     """Longer records are malformed."""
+    tokenized: TokenizedFormat | None = None
+    """Format of files with ids in place of text; None: text is read and encoded."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a value out of range, naming its option."""
@@ -101,6 +104,11 @@ class BuildSettings:
                     f"`weight` is {part.weight} for {shown_url(part.source)}; "
                     "it must be above 0 and at most 1000"
                 )
+        if self.tokenized is not None and self.unit != Unit.TOKEN.value:
+            raise ConfigError(
+                f"`unit` is {self.unit!r}, which reverses text before it is encoded, and tokenized "
+                "sources hold ids; use token"
+            )
         if self.max_characters is not None and self.max_characters < self.min_characters:
             raise ConfigError(
                 f"`max_characters` is {self.max_characters}, less than "
@@ -135,6 +143,8 @@ class BuildSettings:
 
     def exclusion_reason(self, document: Document) -> str | None:
         """The filter that excludes a document: `empty`, `length`, `language`, `language_score`."""
+        if document.tokenized is not None:
+            return None if document.tokenized.utf8 else "empty"
         if not document.text or document.response == "":
             return "empty"
         characters = len(document.text)
@@ -205,6 +215,8 @@ def content_settings(settings: BuildSettings) -> dict[str, Any]:
     """The settings that decide what a task writes; the spelling of a source does not."""
     decisive = replace(settings, sources=()).to_dict()
     del decisive["on_bad_record"]  # decides what fails, not what is written
+    if settings.tokenized is None:  # keeps the hashes of old plans
+        del decisive["tokenized"]
     # The same, unless longer records are skipped. The default keeps the hashes of old plans.
     is_default = settings.max_record_bytes == DEFAULT_MAX_RECORD_BYTES
     if is_default or settings.on_bad_record == "stop":

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from data_pipeline.build.plan import BUILD_FOLDER, STAGED_FOLDER, Task
 from data_pipeline.build.progress import Counts, no_counts
+from data_pipeline.build.round_trip import RoundTrip
 from data_pipeline.build.task_input import (
     BAD_RECORD,
     TOO_LONG,
@@ -175,11 +176,12 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
     shards: list[ShardEntry] = []
     notes = Notes(settings) if settings.selects else None
     lowest = LowestHashes()
+    round_trip = RoundTrip(codec)
     with ExitStack() as stack:
         outputs = [
             stack.enter_context(SplitOutput(split, task, folder, codec, shards)) for split in SPLITS
         ]
-        for item in _encoded(read_task(task, counts), codec, settings.row_tokens):
+        for item in _encoded(read_task(task, counts, codec), codec, settings.row_tokens):
             if isinstance(item, Excluded):
                 excluded.add(item)
                 continue
@@ -188,6 +190,8 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
             if split is None:
                 split = int(belongs_to_val(document.sha256, settings.val_fraction))
             outputs[split].add(encoded)
+            if document.ids is not None:
+                round_trip.add(SPLITS[split], document.ids)
             if split == _TRAIN:
                 lowest.add(document.sha256[:8])
             counts += (1, document.num_bytes, len(encoded.ids), 0)
@@ -195,6 +199,7 @@ def _write_task(task: Task, out: Path, model_bytes: bytes, counts: Counts) -> Ta
                 break
         for output in outputs:
             output.finish()
+    round_trip.verify(folder, shards)
     if notes:
         with replacing(notes_path(task, out)) as file:
             file.write(notes.packed)
@@ -226,9 +231,11 @@ def _encoded(
 
 
 def _encode_documents(passed: Sequence[Passed], codec: TextCodec) -> Iterator[Encoded]:
-    ids = codec.encode_documents([document.text for document in passed])
-    for document, of_document in zip(passed, ids, strict=True):
-        yield EncodedDocument(of_document, document.num_bytes)
+    texts = [document.text for document in passed if document.ids is None]
+    encoded = iter(codec.encode_documents(texts))
+    for document in passed:
+        ids = next(encoded) if document.ids is None else codec.document_of(document.ids)
+        yield EncodedDocument(ids, document.num_bytes)
 
 
 def _encode_examples(passed: Sequence[Passed], codec: TextCodec) -> Iterator[Encoded]:
@@ -248,7 +255,8 @@ def _next_batch(items: Iterator[Passed | Excluded]) -> list[Passed | Excluded]:
         if isinstance(item, Excluded):
             num_characters += 1
         else:
-            num_characters += len(item.text) + len(item.response or "")
+            of_ids = 0 if item.ids is None else item.num_bytes
+            num_characters += len(item.text) + len(item.response or "") + of_ids
         if num_characters >= BATCH_CHARACTERS:
             break
     return batch

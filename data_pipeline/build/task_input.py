@@ -2,16 +2,19 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from data_pipeline.build.plan import Task
 from data_pipeline.build.progress import Counts
 from data_pipeline.errors import BadRecordError
 from data_pipeline.shards.manifest import SPLITS
-from data_pipeline.sources.documents import stop_or_skip
+from data_pipeline.sources.documents import Document, OnBadRecord, Slice, stop_or_skip
 from data_pipeline.sources.registry import read_slice
 from data_pipeline.sources.skipped import PARTS, RECORDS, Skipped, add_skipped, count_skipped
+from data_pipeline.sources.tokenized.documents import AnyIds, DocumentChecker
+from data_pipeline.sources.tokenized.registry import read_tokenized
+from data_pipeline.text.codec import TextCodec
 
 BAD_RECORD = "bad_record"
 """Key of malformed records in `excluded`."""
@@ -45,6 +48,8 @@ class Passed:
     split: int | None
     """Index of its split; None: decided by the hash of its text."""
     position: str
+    ids: AnyIds | None = None
+    """Ids in the order of the text, of a tokenized source; None: the text is encoded."""
 
 
 @dataclass
@@ -68,7 +73,7 @@ def excluded_by(name: str, position: str) -> Excluded:
     return excluded
 
 
-def read_task(task: Task, counts: Counts) -> Iterator[Passed | Excluded]:
+def read_task(task: Task, counts: Counts, codec: TextCodec) -> Iterator[Passed | Excluded]:
     """The documents of a task that pass the filters, and the excluded ones, in order."""
     settings = task.settings
     excluded = Excluded()  # between two documents may be a whole file of malformed records
@@ -78,13 +83,12 @@ def read_task(task: Task, counts: Counts) -> Iterator[Passed | Excluded]:
         count_skipped(excluded.skipped, RECORDS, error.cause, error.place, error.number)
 
     on_bad_record = skip if settings.on_bad_record == "skip" else stop_or_skip
+    read = _reader(task, codec, on_bad_record)
     for portion in task.portions:
         split = None if portion.split is None else SPLITS.index(portion.split)
         size_bytes = portion.piece.size_bytes
         shown_bytes = 0
-        for document in read_slice(
-            portion.piece, settings.columns, on_bad_record, settings.max_record_bytes
-        ):
+        for document in read(portion.piece):
             # An estimate, so that the time left is known before the end of a long file.
             step_bytes = min(len(document.content), size_bytes - shown_bytes)
             shown_bytes += step_bytes
@@ -111,8 +115,20 @@ def read_task(task: Task, counts: Counts) -> Iterator[Passed | Excluded]:
                 pass_number=portion.pass_number,
                 split=split,
                 position=document.position,
+                ids=None if document.tokenized is None else document.tokenized.ids,
             )
         if excluded.skipped:
             yield excluded
             excluded = Excluded()
         counts[3] += size_bytes - shown_bytes
+
+
+def _reader(
+    task: Task, codec: TextCodec, on_bad_record: OnBadRecord
+) -> Callable[[Slice], Iterator[Document]]:
+    settings = task.settings
+    form, max_record_bytes = settings.tokenized, settings.max_record_bytes
+    if form is None:
+        return lambda piece: read_slice(piece, settings.columns, on_bad_record, max_record_bytes)
+    checker = DocumentChecker(form, codec, max_record_bytes)
+    return lambda piece: read_tokenized(piece, form, checker, on_bad_record, max_record_bytes)

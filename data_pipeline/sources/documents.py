@@ -7,12 +7,26 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from data_pipeline.common.shown_names import shown_names
 from data_pipeline.errors import BadRecordError, SourceUnreadableError
 from data_pipeline.redaction import place_of, shown_url
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.record_limits import is_longer, too_long
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Ids of a document that another program has tokenized, without markers, and their text."""
+
+    ids: npt.NDArray[np.integer[Any]]
+    """Ids in the order of the text: shape (tokens,)."""
+    utf8: bytes
+    """Text of the ids; where they cut a character, no whole UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +46,14 @@ class Document:
     it."""
     excluded: tuple[tuple[str, str], ...] = ()
     """Cause and place of each skipped part of its record."""
+    tokenized: TokenizedText | None = None
+    """Ids in place of the text, which is "" then."""
 
     @property
     def content(self) -> bytes:
         """Identity of the document: UTF-8 of the text and, after a NUL, the response."""
+        if self.tokenized is not None:
+            return self.tokenized.utf8
         text = self.text if self.response is None else f"{self.text}\0{self.response}"
         return text.encode("utf-8", "surrogatepass")
 
@@ -75,11 +93,14 @@ class Slice:
     """An independently readable part of a source; `dataclasses.asdict` is its JSON."""
 
     kind: str
-    """`novels`, `pydocs`, `parquet`, `jsonl`, `text`, `lines` (of text), `html`, `zip` or `hub`."""
+    """`novels`, `pydocs`, `parquet`, `jsonl`, `text`, `lines` (of text), `html`, `zip` or `hub`;
+    of tokenized sources, `ids`, `megatron`, `datatrove` or `mds`."""
     path: str
-    """Absolute path or URL; hub name with its config; a novel; `modules` or `topics` of pydocs."""
+    """Absolute path or URL; hub name with its config; a novel; `modules` or `topics` of pydocs; a
+    pattern of files of ids."""
     start: int
-    """First row group, hub shard, file of pydocs or of a zip. Other files are never cut: 0 to 1."""
+    """First row group, hub shard, file of pydocs or of a zip; of tokenized sources, the first id,
+    document or shard. Other files are never cut: 0 to 1."""
     stop: int
     """One past the last."""
     size_bytes: int

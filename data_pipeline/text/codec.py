@@ -315,12 +315,17 @@ class TextCodec:
 
     def encode_documents(self, texts: Sequence[str]) -> list[Ids]:
         """`encode_document` of each text, faster; call it with batches of `encoder.in_batches`."""
-        documents = []
-        for ids in self.encode_all(texts):
-            document = np.empty(len(ids) + 2, dtype=self.id_dtype)
-            document[0], document[1:-1], document[-1] = self.begin_id, ids, self.end_id
-            documents.append(document)
-        return documents
+        return [self._between_markers(ids) for ids in self.encode_all(texts)]
+
+    def document_of(self, ids: npt.NDArray[np.integer[Any]]) -> Ids:
+        """`encode_document` of ids in the order of the text, all with text: shape (tokens + 2,)."""
+        return self._between_markers(ids[::-1] if self.reverses_ids else ids)
+
+    def ids_of(self, document: Ids) -> Ids:
+        """Inverse of `document_of`. Raises ValueError unless the document is between markers."""
+        if len(document) < 2 or (document[0], document[-1]) != (self.begin_id, self.end_id):
+            raise ValueError("it is not between the begin and end markers")
+        return document[-2:0:-1] if self.reverses_ids else document[1:-1]
 
     def render(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """Decode ids in the model's reading order to text in a person's reading order.
@@ -407,6 +412,11 @@ class TextCodec:
         together: list[Ids] = [ids_of_parts[0]] * len(parts)
         together[::2], together[1::2] = ids_of_parts, spelled
         return np.concatenate(together)
+
+    def _between_markers(self, ids: npt.NDArray[np.integer[Any]]) -> Ids:
+        document = np.empty(len(ids) + 2, dtype=self.id_dtype)
+        document[0], document[1:-1], document[-1] = self.begin_id, ids, self.end_id
+        return document
 
     def _require_control(self, piece: str) -> int:
         piece_id: int = self._processor.piece_to_id(piece)

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,6 +83,16 @@ def write_records(path: Path, records: Sequence[dict[str, object]]) -> Path:
     return path
 
 
+@contextmanager
+def building_in_threads() -> Iterator[None]:
+    """Within the block, builds start threads instead of processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            process_pool, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers)
+        )
+        yield
+
+
 def build_here(
     settings: BuildSettings,
     codec: TextCodec,
@@ -91,10 +101,7 @@ def build_here(
     num_tasks: int | None = None,
 ) -> Manifest:
     """Build in threads of this process; usable where a fixture would be shared by examples."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            process_pool, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers)
-        )
+    with building_in_threads():
         return build_shards(settings, codec, out, workers, num_tasks)[0]
 
 

@@ -252,6 +252,7 @@ SOURCE_COMMANDS = {
     "shards plan": ["--tokenizer", "t.model", "--out", "out"],
     "tokenizer train": ["--out", "out"],
     "instruct build": ["--tokenizer", "t.model", "--out", "out"],
+    "import shards": ["--tokenizer", "t.model", "--out", "out"],
     "submit": ["--chain", "data,train"],
     "backtranslate": ["--out", "out"],
     "eval": ["--suite", "passage-choice"],
