@@ -181,7 +181,7 @@ class DeviceMemoryError(MegabackError):
 
 
 class ServeError(MegabackError):
-    """A server cannot be started: its address is in use, or is public without a token."""
+    """A server cannot be started (its address is in use, or public without a token), or asked."""
 
     exit_code = 60
 

@@ -18,11 +18,14 @@ from megaback.installation import require_packages
 
 if TYPE_CHECKING:
     from megaback import errors as errors
+    from megaback.client.writer import RemoteWriter as RemoteWriter
+    from megaback.client.writer import remote as remote
     from megaback.dataset import RowDataset as RowDataset
     from megaback.dataset import open_dataset as open_dataset
     from megaback.inference.chat import Candidate as Candidate
     from megaback.inference.chat import Chat as Chat
     from megaback.inference.chat import load_chat as load_chat
+    from megaback.inference.completion import Completer as Completer
     from megaback.inference.infill.infiller import Infill as Infill
     from megaback.inference.infill.infiller import Infiller as Infiller
     from megaback.inference.infill.infiller import InfillOptions as InfillOptions
@@ -41,10 +44,12 @@ __version__ = "0.1.0"
 _MODULES = {
     "Candidate": "megaback.inference.chat",
     "Chat": "megaback.inference.chat",
+    "Completer": "megaback.inference.completion",
     "Infill": "megaback.inference.infill.infiller",
     "InfillOptions": "megaback.inference.infill.infiller",
     "Infiller": "megaback.inference.infill.infiller",
     "Pair": "megaback.scoring.pairs",
+    "RemoteWriter": "megaback.client.writer",
     "RowDataset": "megaback.dataset",
     "SamplingOptions": "megaback.inference.sampling",
     "Score": "megaback.scoring.scorer",
@@ -56,14 +61,17 @@ _MODULES = {
     "load_scorer": "megaback.scoring.scorer",
     "open_dataset": "megaback.dataset",
     "read_metrics": "megaback.tracking.metrics",
+    "remote": "megaback.client.writer",
 }
 __all__ = [
     "Candidate",
     "Chat",
+    "Completer",
     "Infill",
     "InfillOptions",
     "Infiller",
     "Pair",
+    "RemoteWriter",
     "RowDataset",
     "SamplingOptions",
     "Score",
@@ -76,6 +84,7 @@ __all__ = [
     "load_scorer",
     "open_dataset",
     "read_metrics",
+    "remote",
 ]
 
 require_packages()

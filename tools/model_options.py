@@ -91,6 +91,17 @@ stored_dtype_option = click.option(
     show_default=True,
     help="Data type of the weights.",
 )
+server_option = click.option(
+    "--server",
+    metavar="URL",
+    help="Server that has the model of DIR and computes: megaback serve, or vLLM. Its API key is "
+    "read from OPENAI_API_KEY.",
+)
+server_model_option = click.option(
+    "--server-model",
+    metavar="NAME",
+    help="Name of the model on the server. Default: its model of the format of DIR.",
+)
 cuda_graphs_option = click.option(
     "--cuda-graphs/--no-cuda-graphs",
     default=True,

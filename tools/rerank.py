@@ -28,7 +28,13 @@ from data_pipeline.sources.record_limits import max_record_bytes_option
 from data_pipeline.sources.weighted import on_bad_record_option
 from megaback.scoring.candidates import Question, question_of
 from megaback.scoring.pairs import Pair
-from tools.model_options import devices_option, dtype_option, seed_option
+from tools.model_options import (
+    devices_option,
+    dtype_option,
+    seed_option,
+    server_model_option,
+    server_option,
+)
 from tools.score import (
     BadRecords,
     OwnKeys,
@@ -219,6 +225,8 @@ def _report(found: "dict[str, Interval]", num_questions: int, dtype: str) -> Tab
 @seed_option
 @devices_option
 @dtype_option
+@server_option
+@server_model_option
 def main(
     folder: Path,
     source: str,
@@ -236,6 +244,8 @@ def main(
     seed: int,
     device: str | None,
     dtype: str,
+    server: str | None,
+    server_model: str | None,
 ) -> None:
     """Rank the candidate answers to each question by the reverse model in DIR.
 
@@ -257,7 +267,16 @@ def main(
     from megaback.scoring.reranking import accuracies, ranking
     from megaback.scoring.scorer import load_scorer
 
-    with load_scorer(folder, form=form, device=device, dtype=dtype, with_prior=False) as reverse:
+    on_device = (device, dtype) if server is None or forward is None else (None, "auto")
+    with load_scorer(
+        folder,
+        form=form,
+        device=on_device[0],
+        dtype=on_device[1],
+        with_prior=False,
+        server=server,
+        server_model=server_model,
+    ) as reverse:
         if not reverse.encoder.writes_question:
             raise DirectionMismatchError(
                 f"rerank needs a model that writes backward, and {folder} writes forward; give "

@@ -17,7 +17,13 @@ from data_pipeline.sources.record_limits import max_record_bytes_option
 from data_pipeline.sources.weighted import on_bad_record_option
 from data_pipeline.text.codec import Direction
 from megaback.scoring.pairs import PairColumns
-from tools.model_options import devices_option, direction_option, dtype_option
+from tools.model_options import (
+    devices_option,
+    direction_option,
+    dtype_option,
+    server_model_option,
+    server_option,
+)
 
 if TYPE_CHECKING:
     from megaback.scoring.scorer import EncodedPair, PairEncoder
@@ -153,6 +159,8 @@ def encoded_pairs(
 @direction_option
 @devices_option
 @dtype_option
+@server_option
+@server_model_option
 def main(
     folder: Path,
     source: str,
@@ -166,6 +174,8 @@ def main(
     direction: Direction | None,
     device: str | None,
     dtype: str,
+    server: str | None,
+    server_model: str | None,
 ) -> None:
     """Score each question by the model in DIR: log P(question | answer), in nats.
 
@@ -178,7 +188,14 @@ def main(
     from megaback.scoring.scorer import load_scorer
 
     with load_scorer(
-        folder, form=form, device=device, dtype=dtype, with_prior=prior, direction=direction
+        folder,
+        form=form,
+        device=device,
+        dtype=dtype,
+        with_prior=prior,
+        direction=direction,
+        server=server,
+        server_model=server_model,
     ) as scorer:
         records = good_records(source, bad, max_record_bytes)
         pairs = encoded_pairs(records, names, scorer.encoder, bad)

@@ -26,7 +26,7 @@ from megaback.inference.likelihood import (
     begun_likelihoods,
     begun_log_probabilities,
 )
-from megaback.inference.placement import choose_device
+from megaback.inference.placement import choose_device, dtype_name
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.model_folder import load_model_folder
 
@@ -76,6 +76,11 @@ class DevicePool:
                     for _ in devices
                 ]
         self._next_devices = cycle(range(len(devices)))
+
+    @property
+    def dtype_name(self) -> str:
+        """Data type of the weights: `float32` or `bfloat16`."""
+        return dtype_name(self.dtype)
 
     def submit(self, continuations: Sequence[Continuation]) -> "Future[list[float]]":
         """Start computing log P(written | given) of each, on the next device.

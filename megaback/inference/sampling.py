@@ -22,7 +22,7 @@ from data_pipeline.common.number_ranges import (
 )
 from data_pipeline.errors import ConfigError, NonFiniteError
 
-_MIN_TEMPERATURE = 1e-5
+MIN_TEMPERATURE = 1e-5
 _ALLOWED = {
     "max_new_tokens": COUNT,
     "temperature": TEMPERATURE,
@@ -77,7 +77,7 @@ def choose(logits_BV: Tensor, options: SamplingOptions, draws_B: Tensor) -> Tens
     `draws_B`: a uniform number for each row, in fp64 and on the device of the logits, which may be
     -inf. The host does not wait for the device.
     """
-    if options.temperature < _MIN_TEMPERATURE:
+    if options.temperature < MIN_TEMPERATURE:
         return torch.where(logits_BV.amax(-1).isfinite(), logits_BV.argmax(-1), -1)
     probabilities_BC, ids_BC = candidates(logits_BV, options)
     # In float64 and with draws of 24 bits, a product below the sum stays below it.

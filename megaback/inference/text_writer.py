@@ -9,8 +9,9 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from data_pipeline.errors import DirectionMismatchError, PromptError
+from data_pipeline.errors import PromptError
 from data_pipeline.text.codec import Direction, TextCodec, direction_of
+from megaback.inference.completion import Completer, require_both
 from megaback.inference.decoder import Decoder, load_decoder
 from megaback.inference.generate import generate_many
 from megaback.inference.placement import choose_device, choose_dtype
@@ -56,8 +57,11 @@ def load(
     return Writer(*made)
 
 
-class Writer:
-    """A model that continues texts, in its direction. `megaback.load` makes one."""
+class Writer(Completer):
+    """A model that continues texts, in its direction. `megaback.load` makes one.
+
+    Its methods are those of `Completer`.
+    """
 
     def __init__(self, decoder: Decoder, description: ModelDescription, codec: TextCodec) -> None:
         self.decoder = decoder
@@ -76,80 +80,10 @@ class Writer:
             TextCodec.of(self.codec.model_bytes, turned),
         )
 
-    def complete_backwards(
-        self,
-        ending: str,
-        *,
-        max_new_tokens: int = 500,
-        temperature: float = 0.8,
-        top_k: int = 200,
-        seed: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        stop_ids: tuple[int, ...] = (),
-        min_new_tokens: int = 0,
-    ) -> str:
-        """The ending with the text that the model writes before it.
-
-        Raises ConfigError for an option out of range (see `SamplingOptions`), PromptError if the
-        ending is longer than the model's context, and DirectionMismatchError for a model that
-        writes forward.
-        """
-        writer = self._in(Direction.BACKWARD, "complete_backwards")
-        options = SamplingOptions(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop_ids=stop_ids,
-            min_new_tokens=min_new_tokens,
-        )
-        return writer.complete_many([ending], options)[0]
-
-    def complete_forwards(
-        self,
-        beginning: str,
-        *,
-        max_new_tokens: int = 500,
-        temperature: float = 0.8,
-        top_k: int = 200,
-        seed: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        stop_ids: tuple[int, ...] = (),
-        min_new_tokens: int = 0,
-    ) -> str:
-        """The beginning with the text that a forward model writes after it.
-
-        Raises the errors of `complete_backwards`, for a model of the other direction.
-        """
-        writer = self._in(Direction.FORWARD, "complete_forwards")
-        options = SamplingOptions(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop_ids=stop_ids,
-            min_new_tokens=min_new_tokens,
-        )
-        return writer.complete_many([beginning], options)[0]
-
     def complete_many(
         self, given: Sequence[str], options: SamplingOptions = SamplingOptions()
     ) -> list[str]:
-        """Each text with its completion, generated in one batch.
-
-        Text i has the seed `options.seed + i`, and is the same as alone. Raises PromptError for a
-        text that is longer than the model's context.
-        """
+        """Each text with its completion, generated in one batch."""
         texts = self._begin(given)
         for _ in self._write(texts, options):
             pass
@@ -179,14 +113,9 @@ class Writer:
     def _in(self, direction: Direction, method: str) -> "Writer":
         """This model in a direction. Raises DirectionMismatchError if it lacks it."""
         text_format = self.description.text_format
-        actual = text_format.direction
-        if actual is direction:
+        if text_format.direction is direction:
             return self
-        if not text_format.both:
-            raise DirectionMismatchError(
-                f"{method} needs a model that writes {direction.value}, but this one writes "
-                f"{actual.value}; use complete_{actual.value}s"
-            )
+        require_both(text_format, method)
         return self._other
 
 

@@ -16,9 +16,12 @@ from typing import Any, TypeVar
 from data_pipeline.errors import ConfigError, PromptError
 from data_pipeline.text.chat_format import ChatFormat
 from data_pipeline.text.codec import Direction, TextCodec, direction_of
+from megaback.client.connection import Connection
+from megaback.client.likelihoods import RemotePool
+from megaback.client.servers import connect
 from megaback.inference.device_pool import DevicePool, choose_devices
 from megaback.inference.likelihood import Continuation, in_packs
-from megaback.inference.placement import choose_dtype, dtype_name
+from megaback.inference.placement import choose_dtype
 from megaback.scoring.pairs import Pair
 from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import read_description, tokenizer_of
@@ -131,15 +134,17 @@ class PairEncoder:
 class Scorer:
     """Scores pairs with one model, on one or several devices. Close it, or use it with `with`."""
 
-    def __init__(self, encoder: PairEncoder, pool: DevicePool, *, with_prior: bool = True) -> None:
+    def __init__(
+        self, encoder: PairEncoder, pool: DevicePool | RemotePool, *, with_prior: bool = True
+    ) -> None:
         self.encoder = encoder
         self._pool = pool
         self._with_prior = with_prior
 
     @property
     def dtype(self) -> str:
-        """Data type of the weights: `float32` or `bfloat16`."""
-        return dtype_name(self._pool.dtype)
+        """Data type of the weights: `float32`, `bfloat16`, or that a server does not say it."""
+        return self._pool.dtype_name
 
     def score(self, pairs: Sequence[Pair]) -> list[Score]:
         """The score of each pair. Raises PromptError for one that does not fit the context."""
@@ -207,21 +212,33 @@ def load_scorer(
     dtype: str = "auto",
     with_prior: bool = True,
     direction: Direction | str | None = None,
+    server: str | None = None,
+    server_model: str | None = None,
 ) -> Scorer:
     """A scorer with the model in a folder that `megaback convert --to full` or `--to hf` wrote, or
     of a run or a checkpoint, which is converted beside it, once.
 
     `form`: `chat` or `plain` (docs/scoring.md). `device`: names separated by commas; by default
     every GPU, or else the CPU. `dtype`: as `megaback.load` takes it. `with_prior`: also score the
-    written text alone, for `Score.log_ratio`. `direction`: as `megaback.load` takes it. Raises
-    ConfigError, CheckpointMissingError, CheckpointCorruptError, BackendError,
-    DirectionMismatchError.
+    written text alone, for `Score.log_ratio`. `direction`: as `megaback.load` takes it.
+    `server`: address of a `megaback serve` or a vLLM that has the model, by the name
+    `server_model`, and computes in place of `device`.
+    Raises ConfigError, CheckpointMissingError, CheckpointCorruptError, BackendError,
+    DirectionMismatchError, TokenizerMismatchError, ServeError.
     """
     if form not in list(Form):
         raise ConfigError(f"`form` is {form!r}; use {' or '.join(Form)}")
     folder = model_folder(folder)
     description = read_description(folder, direction_of(direction))
     codec = TextCodec.load_as(tokenizer_of(folder), description.text_format)
+    if server is not None:
+        if device is not None or dtype != "auto":
+            raise ConfigError("`server` computes; omit `device` and `dtype`")
+        served = connect(Connection(server), codec, server_model)
+        encoder = PairEncoder(codec, Form(form), served.context_tokens - 1)  # the last id is read
+        return Scorer(encoder, RemotePool(served), with_prior=with_prior)
+    if server_model is not None:
+        raise ConfigError("`server_model` names a model of a server; add `server`")
     encoder = PairEncoder(codec, Form(form), description.context_tokens)
     devices = choose_devices(device)
     pool = DevicePool(folder, devices, choose_dtype(dtype, devices[0]))

@@ -40,6 +40,7 @@ FLOORS = [
     ["megaback.weights"],
     ["megaback.config_file"],
     ["megaback.inference", "megaback.tracking"],
+    ["megaback.client"],
     ["megaback.scoring"],
     ["megaback.suites"],
     ["megaback.training"],

@@ -17,6 +17,9 @@ from tqdm import tqdm
 
 from data_pipeline.errors import ConfigError, DirectionMismatchError
 from data_pipeline.text.codec import TextCodec, direction_of
+from megaback.client.connection import Connection
+from megaback.client.likelihoods import RemotePool
+from megaback.client.servers import ModelServer, connect
 from megaback.inference.decoder import Decoder
 from megaback.inference.device_pool import DevicePool, choose_devices
 from megaback.inference.likelihood import Continuation
@@ -34,7 +37,7 @@ from megaback.scoring.choices import (
 from megaback.weights.converted import model_folder
 from megaback.weights.model_folder import load_model_folder, read_description, tokenizer_of
 from tools.harness.generation import Generation, Generator
-from tools.harness.server import ServedModelClient
+from tools.harness.server import served_texts
 
 _BEFORE = "before"
 _ALL = "all"
@@ -78,12 +81,12 @@ class MegabackLM(LM):  # type: ignore[misc]
         if generates not in (None, _BEFORE):
             raise ConfigError(f"`generates` is {generates!r}; use {_BEFORE}, or omit it")
         self._generates = generates
-        self._client: ServedModelClient | None = None
+        self._server: ModelServer | None = None
         self._device_names, self._dtype_name = device, dtype
         context_tokens = self._description.context_tokens
         if base_url is not None:
-            self._client = ServedModelClient(base_url, self._codec, model)
-            context_tokens = self._client.context_tokens - 1  # it counts the last id, too
+            self._server = connect(Connection(base_url), self._codec, model)
+            context_tokens = self._server.context_tokens - 1  # it counts the last id, too
         elif model is not None:
             raise ConfigError("`model` names a model of a server; add `base_url`")
         self._encoder = ChoiceEncoder(self._codec, context_tokens)
@@ -175,8 +178,11 @@ class MegabackLM(LM):  # type: ignore[misc]
         asked = [(request.args[0], Generation.parse(request.args[1])) for request in requests]
         if not asked:
             return []
-        source = self._client if self._client is not None else self._generator
-        progress = tqdm(source.texts(asked), total=len(asked), disable=disable_tqdm)
+        if self._server is None:
+            texts_of = self._generator.texts(asked)
+        else:
+            texts_of = served_texts(self._server, self._codec, asked)
+        progress = tqdm(texts_of, total=len(asked), disable=disable_tqdm)
         found = dict(progress)
         texts = [found[number] for number in range(len(asked))]
         self._keep("generate_until", requests, texts)
@@ -207,7 +213,7 @@ class MegabackLM(LM):  # type: ignore[misc]
     @property
     def dtype(self) -> str:
         """Data type of the weights, here or on the server."""
-        return self._client.dtype if self._client is not None else dtype_name(self._dtype)
+        return self._server.dtype if self._server is not None else dtype_name(self._dtype)
 
     def _progress(self, total: int, what: str, is_silent: bool) -> "tqdm[int]":
         return tqdm(range(0, total, AT_ONCE), desc=f"{what} by {AT_ONCE}", disable=is_silent)
@@ -230,8 +236,8 @@ class MegabackLM(LM):  # type: ignore[misc]
 
     @cached_property
     def _likelihoods_of(self) -> LikelihoodsOf:
-        if self._client is not None:
-            return self._client.likelihoods_of
+        if self._server is not None:
+            return RemotePool(self._server).likelihoods
         model = self._model if len(self._devices) == 1 else None
         return pool_likelihoods(DevicePool(self._folder, self._devices, self._dtype, model))
 

@@ -30,6 +30,8 @@ class Part:
     text: str
     tokens: list[Token]
     finish_reason: FinishReason | None = None
+    ids: Sequence[int] = ()
+    """New ids since the previous part."""
 
 
 @dataclass(kw_only=True)
@@ -44,6 +46,7 @@ class ChoiceText:
     """Tokens written so far, without the end marker."""
     finish_reason: FinishReason | None = None
     _pending: list[Token] = field(default_factory=list)
+    _pending_ids: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._growing = IncrementalDetokenizer(self.codec, self.prompt.held_back)
@@ -56,6 +59,7 @@ class ChoiceText:
         if step.is_end:
             return self.finish("stop")
         self.tokens += 1
+        self._pending_ids.append(step.new_id)
         text, offset = self._grown(step.new_id)
         if step.log_probability is not None:
             token = Token(step.new_id, step.log_probability, step.likeliest, offset)
@@ -65,7 +69,7 @@ class ChoiceText:
             return self._last(text, "stop")
         if step.is_last:
             return self.finish("length", text)
-        return Part(text, self._taken() if text else [])
+        return Part(text, self._taken(), ids=self._taken_ids()) if text else Part("", [])
 
     def finish(self, reason: FinishReason, before: str = "") -> Part:
         """The remaining text at the end, joined with the part just before it."""
@@ -82,7 +86,7 @@ class ChoiceText:
 
     def _last(self, text: str, reason: FinishReason) -> Part:
         self.finish_reason = reason
-        return Part(text, self._taken(), reason)
+        return Part(text, self._taken(), reason, self._taken_ids())
 
     def _grown(self, piece_id: int) -> tuple[str, int]:
         """The text that is now final, and the offset of the token's text relative to the prompt."""
@@ -93,6 +97,10 @@ class ChoiceText:
     def _taken(self) -> list[Token]:
         tokens, self._pending = self._pending, []
         return tokens
+
+    def _taken_ids(self) -> list[int]:
+        ids, self._pending_ids = self._pending_ids, []
+        return ids
 
 
 def offsets(codec: TextCodec, ids: Sequence[int], text: str) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 from pydantic import BaseModel
 
 from data_pipeline.errors import PromptError
@@ -99,13 +100,21 @@ class Asked:
 
     def _choice(self, index: int, part: Part) -> response_schemas.Choice:
         request = self.request
-        wants = isinstance(request, schemas.CompletionRequest) and request.logprobs is not None
-        return response_schemas.Choice(
+        choice = response_schemas.Choice(
             index=index,
             text=part.text,
-            logprobs=log_probs(self.model.codec, part.tokens) if wants else None,
             finish_reason=part.finish_reason,
+            token_ids=None,
+            prompt_token_ids=None,
         )
+        if isinstance(request, schemas.CompletionRequest):
+            if request.logprobs is not None:
+                choice.logprobs = log_probs(self.model.codec, part.tokens)
+            if request.return_token_ids:
+                choice.token_ids = list(part.ids)
+            if request.return_token_ids and part.finish_reason is not None:
+                choice.prompt_token_ids = self.choices[index].prompt.ids
+        return choice
 
     def echo(self, index: int) -> Part | None:
         """The first part of a choice, before any new text: the echo."""
@@ -121,7 +130,8 @@ class Asked:
         parts = [*([] if first is None else [first]), *parts]
         text = self.choices[index].join([part.text for part in parts])
         tokens = [token for part in parts for token in part.tokens]
-        return Part(text, tokens, self.choices[index].finish_reason)
+        ids = [new_id for part in parts for new_id in part.ids]
+        return Part(text, tokens, self.choices[index].finish_reason, ids)
 
 
 def event_of(body: str) -> str:
@@ -143,7 +153,10 @@ async def ask(service: Service, request: schemas.CompletionRequest, deadline: De
     likeliest = request.logprobs
     if likeliest is not None:
         likeliest = min(likeliest, model.codec.vocab_size)
-    options = sampling_options(request, seed, service.limits.tokens)
+    options = replace(
+        sampling_options(request, seed, service.limits.tokens),
+        stop_ids=tuple(request.stop_token_ids),
+    )
     require_answer_size(
         len(prompts) * n,
         request.max_tokens,
@@ -193,9 +206,16 @@ async def _given(
     """A prompt, read in full if it is echoed with `logprobs`. Raises ProblemError."""
     is_cut = request.truncate and not (request.echo and request.logprobs is not None)
     try:
-        return await service.aside(lambda: model.given(asked, is_cut=is_cut))
+        given = await service.aside(lambda: model.given(asked, is_cut=is_cut))
     except PromptError as error:
         raise ProblemError(400, str(error), "invalid_value", param="prompt") from None
+    if request.first_token_ids is None:
+        return given
+    first_ids = np.intersect1d(given.prompt.first_ids, request.first_token_ids)
+    if given.ids is None or not len(first_ids):
+        message = "is for a prompt of ids, and needs one of this model's ids with text, or its end"
+        raise ProblemError(400, f"first_token_ids {message}", param="first_token_ids")
+    return replace(given, prompt=replace(given.prompt, first_ids=first_ids))
 
 
 async def _tokens_of(

@@ -126,6 +126,7 @@ class ServedModel:
             created=self.loaded_s,
             direction=self.codec.format.direction.value,
             unit=self.codec.format.unit.value,
+            tokenizer_sha256=self.codec.format.tokenizer_sha256,
             context_tokens=description.context_tokens,
             parameters=self.decoder.num_parameters,
             dtype=dtype_name(self.decoder.dtype),

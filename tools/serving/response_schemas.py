@@ -25,6 +25,12 @@ class Choice(BaseModel):
     text: str
     logprobs: LogProbs | None = None
     finish_reason: Literal["stop", "length"] | None = None
+    token_ids: list[int] | None = Field(
+        None, description="With `return_token_ids`: new ids, without an end marker."
+    )
+    prompt_token_ids: list[int] | None = Field(
+        None, description="With `return_token_ids`: ids that were read; in a stream, at its end."
+    )
 
 
 class Usage(BaseModel):
@@ -141,6 +147,7 @@ class Model(BaseModel):
     owned_by: Literal["megaback"] = "megaback"
     direction: Literal["backward", "forward"]
     unit: Literal["token", "word"]
+    tokenizer_sha256: str = Field(description="Of its `tokenizer.model`.")
     context_tokens: int
     parameters: int
     dtype: str = Field(description="Data type of the weights.")

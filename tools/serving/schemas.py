@@ -36,6 +36,7 @@ from data_pipeline.common.number_ranges import (
 
 MAX_SAMPLES = 64
 MAX_STOPS = 4
+MAX_STOP_IDS = 1024
 MAX_LIKELIEST = 20
 _ABOUT = ("title", "description", "default")
 _MAX_IDS = 1 << 20  # ids of a prompt; the limit of the context is checked later
@@ -141,9 +142,8 @@ def _kind_of_prompt(value: Any) -> str:
     return "texts" if isinstance(value, list) else "text"
 
 
-_Ids = Annotated[
-    list[Annotated[int, TOKEN_ID]], Field(min_length=1, max_length=_MAX_IDS, fail_fast=True)
-]
+_Id = Annotated[int, TOKEN_ID]
+_Ids = Annotated[list[_Id], Field(min_length=1, max_length=_MAX_IDS, fail_fast=True)]
 _Several = Field(min_length=1, max_length=MAX_SAMPLES, fail_fast=True)
 _Prompt = Annotated[
     Annotated[str, Tag("text")]
@@ -194,6 +194,17 @@ class CompletionRequest(Written):
     )
     echo: bool = Field(False, description="Return the prompt too, in its place in the text.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LIKELIEST)] | None = None
+    stop_token_ids: Annotated[list[_Id], Field(max_length=MAX_STOP_IDS, fail_fast=True)] = Field(
+        [], description="Ids that end a sample, besides the end marker; not part of it."
+    )
+    first_token_ids: _Ids | None = Field(
+        None,
+        description="Of a prompt of ids: those that the first new id is one of. Its text is whole, "
+        "also if it repeats a piece that the client has held back.",
+    )
+    return_token_ids: bool = Field(
+        False, description="Return `token_ids` and `prompt_token_ids`, in the model's order."
+    )
     best_of: _One | None = None
     suffix: Literal[""] | None = None
 

@@ -1,0 +1,135 @@
+"""HTTP connection to a server of models: JSON requests, and streams of events.
+
+An API key is read from an environment variable. It is sent to the given address only, as redirects
+are errors, and appears in no message.
+"""
+
+import json
+import os
+import time
+from collections.abc import Generator, Mapping
+from contextlib import suppress
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from data_pipeline.errors import ConfigError, ServeError
+from data_pipeline.redaction import shown_url
+
+KEY_VARIABLE = "OPENAI_API_KEY"  # also read by lm_eval's and OpenAI's own clients
+TIMEOUT_S = 600.0
+_BUSY_STATUSES = {429, 502, 503, 504}
+_MAX_ATTEMPTS = 4
+_FIRST_WAIT_S = 1.0
+_MAX_WAIT_S = 30.0
+_MAX_REASON_BYTES = 2000
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+class Connection:
+    """The address of a server; each request opens its own connection, so threads may share it."""
+
+    def __init__(
+        self, base_url: str, key_variable: str = KEY_VARIABLE, timeout_s: float = TIMEOUT_S
+    ) -> None:
+        """`timeout_s`: maximum silence of the server.
+
+        Raises ConfigError for an address that is not HTTP or has a login, and for a malformed key.
+        """
+        self._url = base_url.rstrip("/").removesuffix("/v1")
+        self.shown = shown_url(self._url)
+        self._timeout_s = timeout_s
+        try:
+            parts = urlsplit(self._url)
+            is_valid = parts.scheme in ("http", "https") and bool(parts.hostname)
+            is_valid = is_valid and (parts.port or 1) > 0
+        except ValueError:
+            is_valid = False
+        if not is_valid:
+            raise ConfigError(
+                f"{self.shown!r} is no server's address; give one like http://127.0.0.1:8000"
+            )
+        if parts.username is not None:
+            raise ConfigError(f"{self.shown} has a login; give the API key in {key_variable}")
+        self._headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(key_variable, "").strip():
+            if not (key.isascii() and key.isprintable()):
+                raise ConfigError(f"{key_variable} is not an API key: it has other characters")
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._opener = build_opener(_NoRedirects)
+
+    def ask(self, path: str, fields: Mapping[str, Any] | None = None) -> Any:
+        """The JSON of an answer to a GET or, with fields, a POST. Raises ServeError."""
+        with self._open(path, fields) as answer:
+            try:
+                return json.load(answer)
+            except (HTTPException, OSError, ValueError) as error:
+                raise self._broken(error) from None
+
+    def events(self, path: str, fields: Mapping[str, Any]) -> Generator[Any, None, None]:
+        """The JSON of each event of a stream. Raises ServeError, also if it is truncated."""
+        with self._open(path, fields) as answer:
+            try:
+                for line in answer:
+                    kind, _, data = line.decode("utf-8", "replace").strip().partition(":")
+                    if kind == "data" and data.strip() == "[DONE]":
+                        return
+                    if kind in ("data", "error"):
+                        event = json.loads(data)
+                        if "error" in event or kind == "error":
+                            raise ServeError(f"{self.shown} stopped: {_reason(event)}")
+                        yield event
+            except (HTTPException, OSError, ValueError) as error:
+                raise self._broken(error) from None
+        raise ServeError(f"{self.shown} ended a stream early; ask again")
+
+    def _open(self, path: str, fields: Mapping[str, Any] | None) -> Any:
+        """An open answer; busy servers are asked again."""
+        body = None if fields is None else json.dumps(fields).encode()
+        request = Request(self._url + path, body, self._headers)  # noqa: S310 - it is HTTP
+        for attempt in range(_MAX_ATTEMPTS):
+            try:
+                return self._opener.open(request, timeout=self._timeout_s)
+            except HTTPError as error:
+                with error:
+                    if error.code in _BUSY_STATUSES and attempt + 1 < _MAX_ATTEMPTS:
+                        _wait(attempt, error.headers.get("Retry-After"))
+                        continue
+                    reason = error.read(_MAX_REASON_BYTES).decode("utf-8", "replace")
+                with suppress(ValueError):
+                    reason = _reason(json.loads(reason))
+                raise ServeError(f"{self.shown} answers {error.code}: {reason}") from None
+            except (URLError, HTTPException, OSError, ValueError) as error:
+                reset = isinstance(getattr(error, "reason", error), ConnectionResetError)
+                if reset and attempt + 1 < _MAX_ATTEMPTS:
+                    _wait(attempt, None)
+                    continue
+                raise self._broken(error) from None
+        raise AssertionError
+
+    def _broken(self, error: Exception) -> ServeError:
+        return ServeError(
+            f"{self.shown} does not answer ({error}); start a server there, or correct the address"
+        )
+
+
+def _wait(attempt: int, asked: str | None) -> None:
+    wait_s = _FIRST_WAIT_S * 2**attempt
+    if asked is not None and asked.isdecimal():
+        wait_s = max(wait_s, int(asked))
+    time.sleep(min(wait_s, _MAX_WAIT_S))
+
+
+def _reason(body: Any) -> str:
+    """The message in an error of OpenAI's form, of FastAPI's, or the whole."""
+    with suppress(KeyError, TypeError):
+        return str(body["error"]["message"])
+    with suppress(KeyError, TypeError):
+        return str(body["message"])
+    return json.dumps(body)[:_MAX_REASON_BYTES]

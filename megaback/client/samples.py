@@ -1,0 +1,69 @@
+"""Samples from a server, in as many requests as it needs."""
+
+from collections.abc import Generator
+
+from data_pipeline.errors import PromptError
+from data_pipeline.text.codec import Prompt, TextCodec
+from megaback.client.servers import ModelServer, Request
+from megaback.inference.sampling import SamplingOptions
+
+_SEEDS = 1 << 31
+_SEED_STEP = 1_000_003  # so that requests of one sample have seeds that no other sample has
+
+
+def sampled_ids(
+    server: ModelServer, codec: TextCodec, prompt: Prompt, options: SamplingOptions
+) -> Generator[list[int], None, None]:
+    """New ids of a sample in parts, without an end id.
+
+    The first id is one of the prompt's `first_ids`: by a request of its own, unless the server has
+    such a constraint. When the context is full, its older half is dropped. Raises PromptError for
+    a prompt that does not fit, ConfigError and ServeError.
+    """
+    server.require_options(options)
+    needed = len(prompt.ids) + (not server.continues)
+    if needed > server.context_tokens:
+        raise PromptError(
+            f"the text has {len(prompt.ids)} tokens, and the server's context holds "
+            f"{server.context_tokens}, the new ones included; shorten it"
+        )
+    writable = codec.writable_ids(prompt.end_id)
+    end_ids = [prompt.end_id, *options.stop_ids]
+    forbidden = sorted(set(range(codec.vocab_size)) - {*writable.tolist(), *end_ids})
+    is_constrained = len(prompt.first_ids) < len(writable)
+    ids, num_new, number = list(prompt.ids), 0, 0
+    while num_new < options.max_new_tokens:
+        first = prompt.first_ids.tolist() if is_constrained and not num_new else None
+        length = options.max_new_tokens - num_new
+        min_tokens = max(0, options.min_new_tokens - num_new)
+        if not server.continues:
+            if len(ids) >= server.context_tokens:
+                ids = codec.newest(ids, server.context_tokens // 2)
+            length = min(length, server.context_tokens - len(ids), server.tokens_at_once or length)
+            if first is not None:
+                length = 1
+            elif server.tokens_at_once is not None and min_tokens:
+                length = min(length, min_tokens)
+            min_tokens = min(min_tokens, length)
+        request = Request(
+            ids=ids,
+            max_tokens=length,
+            min_tokens=min_tokens,
+            seed=(options.seed + number * _SEED_STEP) % _SEEDS,
+            options=options,
+            first_ids=first,
+            end_ids=end_ids,
+            forbidden_ids=forbidden,
+        )
+        count = 0
+        for part in server.new_ids(request):
+            ends = [at for at, new_id in enumerate(part) if new_id in end_ids]
+            new_ids = part[: ends[0]] if ends else part
+            ids, count = [*ids, *new_ids], count + len(new_ids)
+            if new_ids:
+                yield new_ids
+            if ends:
+                return
+        if server.continues or count < length:
+            return
+        num_new, number = num_new + count, number + 1

@@ -1,0 +1,112 @@
+"""Requests to a server: retries, reasons of refusals, and an API key that is sent to it only."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import ConfigError, ServeError
+from megaback.client import connection
+from megaback.client.connection import Connection
+
+KEY = "sk-not-for-others-0123456789"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    asked: list[tuple[str, str | None]] = []
+
+    def _answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.asked.append((self.path, self.headers["Authorization"]))
+        times = sum(path == self.path for path, _ in self.asked)
+        if self.path == "/busy" and times == 1:
+            self._answer(503, b"later", Retry_After="0")
+        elif self.path == "/moved":
+            self._answer(302, b"", Location="/elsewhere")
+        elif self.path == "/refused":
+            self._answer(400, json.dumps({"error": {"message": "no such field"}}).encode())
+        else:
+            self._answer(200, b'{"found": true}')
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        events = b': a comment\n\ndata: {"n": 1}\n\ndata: {"n": 2}\n\n'
+        ends = {"/cut": b"", "/failed": b'data: {"error": {"message": "out of memory"}}\n\n'}
+        self._answer(200, events + ends.get(self.path, b"data: [DONE]\n\n"))
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(_Handler, "asked", [])
+    monkeypatch.setattr(connection, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,)).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_busy_server_is_asked_again_with_the_key(url: str) -> None:
+    assert Connection(url).ask("/busy") == {"found": True}
+    assert _Handler.asked == [("/busy", f"Bearer {KEY}")] * 2
+
+
+def test_a_redirect_is_an_error_so_that_the_key_goes_nowhere_else(url: str) -> None:
+    with pytest.raises(ServeError, match="answers 302"):
+        Connection(url).ask("/moved")
+    assert [path for path, _ in _Handler.asked] == ["/moved"]
+
+
+def test_a_refusal_has_the_servers_reason(url: str) -> None:
+    with pytest.raises(ServeError, match="answers 400: no such field") as caught:
+        Connection(url).ask("/refused")
+    assert KEY not in str(caught.value)
+
+
+def test_events_are_read_to_the_end_or_it_is_an_error(url: str) -> None:
+    found = Connection(url)
+    assert list(found.events("/whole", {})) == [{"n": 1}, {"n": 2}]
+    with pytest.raises(ServeError, match="ended a stream early"):
+        list(found.events("/cut", {}))
+    with pytest.raises(ServeError, match="stopped: out of memory"):
+        list(found.events("/failed", {}))
+
+
+@pytest.mark.parametrize(
+    ("address", "named"),
+    [
+        ("127.0.0.1:8000", "give one like"),
+        ("file:///etc/passwd", "give one like"),
+        ("http://host:port", "give one like"),
+        ("http://me:hunter22@host/v1", "give the API key in OPENAI_API_KEY"),
+    ],
+)
+def test_an_address_that_is_none_is_refused(address: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        Connection(address)
+    assert "hunter22" not in str(caught.value)
+
+
+def test_a_malformed_key_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", f"{KEY}\nX-Other: 1")
+    with pytest.raises(ConfigError, match="MY_KEY is not an API key") as caught:
+        Connection("http://127.0.0.1:8000", "MY_KEY")
+    assert KEY not in str(caught.value)
+
+
+def test_no_server_is_an_error_with_what_to_do() -> None:
+    with pytest.raises(ServeError, match="start a server there"):
+        Connection("http://127.0.0.1:9").ask("/v1/models")
