@@ -25,8 +25,9 @@ import numpy as np
 from smoke import Benchmark
 
 from data_pipeline.shards.data_set import DataSet
-from data_pipeline.shards.manifest import TOKENIZER_NAME, Manifest, ShardEntry
+from data_pipeline.shards.manifest import Manifest, ShardEntry
 from data_pipeline.shards.writer import ShardWriter
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 
 _STEPS = (0, 1_000_000)
 _TEMPLATES = 8

@@ -116,9 +116,9 @@ def build_shards(folder: Path) -> Path:
     """Build shards of `pydocs` with the default vocabulary."""
     from data_pipeline.build.command import build_shards as build
     from data_pipeline.build.settings import BuildSettings
-    from data_pipeline.shards.manifest import TOKENIZER_NAME
     from data_pipeline.sources.weighted import WeightedSource
     from data_pipeline.text.codec import Direction, TextCodec, Unit
+    from data_pipeline.text.tokenizer import TOKENIZER_NAME
     from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 
     train_tokenizer("pydocs", folder / "tokenizer")

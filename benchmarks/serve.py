@@ -19,8 +19,8 @@ import psutil
 import torch
 from smoke import Benchmark, write_random_model
 
-from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.text.codec import Direction
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 from megaback.inference.decoder import load_decoder
 from megaback.inference.generate import complete

@@ -163,7 +163,7 @@ def _rows(_: MadeUp, path: Path) -> Path:
 
 
 def _tokenizer(made_up: MadeUp, path: Path) -> Path:
-    from data_pipeline.shards.manifest import TOKENIZER_NAME
+    from data_pipeline.text.tokenizer import TOKENIZER_NAME
     from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 
     train_tokenizer(made_up["text"], path, _VOCAB_SIZE)

@@ -68,8 +68,12 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
         {"build": ("data_pipeline.build.instruct", "Encode instruction rows into shards.")},
     ),
     "import": (
-        "Bring data and models of other programs.",
+        "Bring tokenizers, models and data of other programs.",
         {
+            "tokenizer": (
+                "data_pipeline.tokenizer.import_tokenizer",
+                "Add our markers to another model's tokenizer.json.",
+            ),
             "shards": (
                 "data_pipeline.build.import_shards",
                 "Import token ids of nanoGPT, Megatron-LM, datatrove or MDS into shards.",

@@ -10,7 +10,7 @@ from pathlib import Path
 from data_pipeline.common.file_names import path_within
 from data_pipeline.common.regular_files import UNFIT, read_file
 from data_pipeline.errors import CheckpointCorruptError
-from data_pipeline.shards.manifest import TOKENIZER_NAME
+from data_pipeline.text.tokenizer import ANY_TOKENIZER, TOKENIZER_NAMES
 
 CONFIG_COPY_NAME = "config.yaml"
 """The run's config, resolved, or the user's own."""
@@ -71,7 +71,7 @@ FROZEN_NAME = f"base{TENSORS_SUFFIX}"
 STEP_FOLDER = re.compile(rf"{STEP_PREFIX}[0-9]{{8}}")
 FILE_NAME = re.compile(
     rf"({WEIGHTS_PREFIX}|{OPTIMIZER_PREFIX})[0-9]{{5,}}{re.escape(TENSORS_SUFFIX)}"
-    rf"|{re.escape(FROZEN_NAME)}|{re.escape(TOKENIZER_NAME)}"
+    rf"|{re.escape(FROZEN_NAME)}|{ANY_TOKENIZER}"
 )
 """File names that a checkpoint's meta.json may list."""
 CHECKPOINT_FILE = re.compile(rf"{FILE_NAME.pattern}|{re.escape(META_NAME)}")
@@ -91,7 +91,7 @@ CONVERTED_FOLDER = "converted"
 """Model folders converted from a run's checkpoints."""
 CONVERSION = re.compile(rf"{STEP_FOLDER.pattern}-[0-9a-f]{{12}}")
 CONVERSION_FILE = re.compile(
-    "|".join(map(re.escape, (MODEL_CONFIG_NAME, TOKENIZER_NAME, SUMS_NAME, INDEX_NAME)))
+    "|".join(map(re.escape, (MODEL_CONFIG_NAME, *TOKENIZER_NAMES, SUMS_NAME, INDEX_NAME)))
     + rf"|model(-[0-9]{{5}}-of-[0-9]{{5}})?{re.escape(TENSORS_SUFFIX)}"
 )
 

@@ -20,9 +20,9 @@ from hypothesis import settings
 from data_pipeline import redaction
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings
-from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 from tests.helpers.wheel_environment import wheel_environment
 

@@ -30,7 +30,6 @@ from data_pipeline.shards.manifest import (
     DICTIONARY_NAME,
     MANIFEST_NAME,
     SPLITS,
-    TOKENIZER_NAME,
     shard_path,
 )
 from data_pipeline.shards.reader import ShardReader
@@ -38,6 +37,7 @@ from data_pipeline.shards.verify import verify_data_set
 from data_pipeline.sources.registry import BUILT_IN
 from data_pipeline.sources.skipped import num_skipped
 from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.text.tokenizer import TOKENIZER_NAMES, find_tokenizer
 from data_pipeline.tokenizer.train_tokenizer import REPORT_NAME
 from megaback.faults.run_ownership import config_of_run
 from megaback.run_folder import (
@@ -106,7 +106,7 @@ def inspect(path: Path, *, verify: bool) -> Artifact:
 
 
 def _inspect_file(path: Path, verify: bool) -> Artifact:
-    if path.name == TOKENIZER_NAME or path.suffix in (".model", ".spm"):
+    if path.name in TOKENIZER_NAMES or path.suffix in (".model", ".spm"):
         return _tokenizer(path, verify)
     if path.suffix == ".gguf":
         return _gguf(path, verify)
@@ -117,7 +117,7 @@ def _inspect_file(path: Path, verify: bool) -> Artifact:
     if path.name in (MANIFEST_NAME, CONFIG_COPY_NAME, JSON_NAME, LADDER_NAME, MODEL_CONFIG_NAME):
         return inspect(path.parent, verify=verify)
     raise SourceMissingError(
-        f"{path} is not a file of megaback's; name a tokenizer.model, a shard, a .gguf or a folder"
+        f"{path} is not a file of megaback's; name a tokenizer's file, a shard, a .gguf or a folder"
     )
 
 
@@ -187,7 +187,7 @@ def _shard(path: Path, verify: bool) -> Artifact:
 
 
 def _tokenizer(path: Path, _verify: bool) -> Artifact:
-    path = path / TOKENIZER_NAME if path.is_dir() else path
+    path = find_tokenizer(path) if path.is_dir() else path
     codec = TextCodec.load(path, Direction.BACKWARD, Unit.TOKEN)
     out = free_path(path.parent.parent / "shards")
     build = ("shards", "build", "--source", _source_of(path), "--tokenizer", path, "--out", out)
@@ -428,5 +428,5 @@ _FOLDERS: dict[str, Callable[[Path, bool], Artifact]] = {
     PLAN_NAME: _unfinished,
     CHECKPOINTS_FOLDER: lambda folder, verify: _checkpoints(folder / CHECKPOINTS_FOLDER, verify),
     LATEST_NAME: _checkpoints,
-    TOKENIZER_NAME: _tokenizer,
+    **dict.fromkeys(TOKENIZER_NAMES, _tokenizer),
 }

@@ -24,7 +24,7 @@ from data_pipeline.common.terminal import table_lines, terminal_width
 from data_pipeline.errors import LaunchError
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.inspection import unigram_entropy
-from data_pipeline.shards.manifest import TOKENIZER_NAME
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from megaback.run_folder import METRICS_NAME, MODEL_CONFIG_NAME
 
 _CONFIG = Path("configs/demo.yaml")

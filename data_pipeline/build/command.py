@@ -49,8 +49,9 @@ from data_pipeline.common.locks import locked
 from data_pipeline.common.process_pool import run_in_processes, shared_by_all
 from data_pipeline.common.shared_options import out_folder_option, workers_option
 from data_pipeline.errors import ConfigError, OutputExistsError
-from data_pipeline.shards.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
 from data_pipeline.text.codec import TextCodec
+from data_pipeline.text.tokenizer import TOKENIZER_NAMES
 
 _ARRAY_INDEX_VARIABLE = "SLURM_ARRAY_TASK_ID"
 _INDICES = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
@@ -185,7 +186,7 @@ def _forget_if_nothing_is_done(out: Path, was_there: bool) -> None:
         if done or not alone:
             return
         remove_all_but(out, set())
-        for name in (PLAN_NAME, TOKENIZER_NAME):
+        for name in (PLAN_NAME, *TOKENIZER_NAMES):
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / BUILD_FOLDER, ignore_errors=True)
         if not was_there:
@@ -265,10 +266,10 @@ def main(
 def _report(manifest: Manifest, num_found: int, out: Path, codec: TextCodec) -> None:
     if num_found:
         click.echo(f"{num_found} tasks were already done")
-    elif codec.encoder_name == "sentencepiece":
+    elif codec.encoder_name in ("sentencepiece", "tokenizers"):
         click.echo(
-            "encoded by SentencePiece, several times slower: kitoken is not installed, or is not "
-            "exact for this tokenizer"
+            f"encoded by {codec.encoder_name}, several times slower: kitoken is not installed, or "
+            "is not exact for this tokenizer"
         )
     echo_manifest(manifest, out)
 

@@ -36,12 +36,12 @@ from data_pipeline.shards.manifest import (
     FILE_NAME,
     MANIFEST_NAME,
     SHARD_NAME,
-    TOKENIZER_NAME,
     Manifest,
 )
 from data_pipeline.sources.skipped import merged, why_records_are_bad
 from data_pipeline.storage.address_variables import kept_in
 from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.text.tokenizer import find_tokenizer
 
 BUILDERS_LOCK = Path(BUILD_FOLDER) / "builders.lock"
 """Lock of a folder: shared by builders, exclusive while files are removed."""
@@ -69,7 +69,7 @@ def finalize_build(plan: Plan, codec: TextCodec, out: Path, workers: int) -> Man
             for task in tasks:
                 record_path(out, task.index).unlink(missing_ok=True)  # not worth keeping
             raise _nothing_to_train_on(manifest)
-        with replacing(out / TOKENIZER_NAME) as file:
+        with replacing(out / codec.file_name) as file:
             file.write(codec.model_bytes)
         with locked(out / BUILDERS_LOCK, wait=False) as alone:
             if alone:  # else another process may still be writing its hidden files
@@ -221,7 +221,7 @@ def codec_of_plan(plan: Plan, out: Path) -> TextCodec:
     Raises TokenizerError, and TokenizerMismatchError when the copy is another tokenizer.
     """
     settings = plan.settings
-    codec = TextCodec.load(out / TOKENIZER_NAME, Direction(settings.direction), Unit(settings.unit))
+    codec = TextCodec.load(find_tokenizer(out), Direction(settings.direction), Unit(settings.unit))
     plan.settings.require_same(
         replace(settings, tokenizer_sha256=codec.format.tokenizer_sha256), out
     )

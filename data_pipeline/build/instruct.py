@@ -67,7 +67,7 @@ DEFAULT_SOURCE = "hf:hakurei/open-instruct-v1"
     "--tokenizer",
     required=True,
     type=click.Path(path_type=Path),
-    help="Path to the base model's tokenizer.model.",
+    help="Path to the base model's tokenizer.model or tokenizer.json.",
 )
 @out_folder_option
 @direction_option(

@@ -127,7 +127,7 @@ _SETTINGS: dict[str, Callable[[Any], Any]] = {
     "tokenizer": click.option(
         "--tokenizer",
         type=click.Path(path_type=Path),
-        help="Path to the tokenizer.model to encode with.",
+        help="Path to the tokenizer.model or tokenizer.json to encode with.",
     ),
     "direction": direction_option(
         "Reading direction of the model: from the text's end, or from its beginning."

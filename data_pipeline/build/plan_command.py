@@ -25,7 +25,7 @@ from data_pipeline.common.command import ResumableCommand, examples
 from data_pipeline.common.next_command import command, show_next
 from data_pipeline.common.shared_options import out_folder_option
 from data_pipeline.errors import OutputExistsError
-from data_pipeline.shards.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
 from data_pipeline.sources.record_limits import TOO_LONG
 from data_pipeline.sources.registry import require_outside
 from data_pipeline.sources.skipped import (
@@ -33,6 +33,7 @@ from data_pipeline.sources.skipped import (
     skipped_lines,
 )
 from data_pipeline.text.codec import TextCodec
+from data_pipeline.text.tokenizer import TOKENIZER_NAMES
 
 _OF_A_BUILD = re.compile(r"task-.*|plan\.json\..*|staged|.*\.lock|\..*\.partial")
 """Names in BUILD_FOLDER."""
@@ -126,7 +127,7 @@ def write_first(plan: Plan, codec: TextCodec, out: Path) -> bool:
     try:
         draft.parent.mkdir(parents=True, exist_ok=True)
         write_text(draft, plan.to_json())
-        with replacing(out / TOKENIZER_NAME) as file:
+        with replacing(out / codec.file_name) as file:
             file.write(codec.model_bytes)
         with suppress(FileExistsError):
             claim_name(draft, out / PLAN_NAME)
@@ -151,10 +152,11 @@ def _holds_something_else(out: Path) -> bool:
         return False
     if BUILD_FOLDER not in names:  # a tokenizer alone is not from a build
         return bool(names)
-    ours = {BUILD_FOLDER, TOKENIZER_NAME}
-    return any(
-        name not in ours and not name.startswith(f".{TOKENIZER_NAME}.") for name in names
-    ) or not all(_OF_A_BUILD.fullmatch(path.name) for path in (out / BUILD_FOLDER).iterdir())
+    ours = {BUILD_FOLDER, *TOKENIZER_NAMES}
+    partial = tuple(f".{name}." for name in TOKENIZER_NAMES)
+    return any(name not in ours and not name.startswith(partial) for name in names) or not all(
+        _OF_A_BUILD.fullmatch(path.name) for path in (out / BUILD_FOLDER).iterdir()
+    )
 
 
 @click.command(

@@ -19,7 +19,6 @@ from data_pipeline.shards.frame_cache import CacheSettings, FrameCache
 from data_pipeline.shards.manifest import (
     DICTIONARY_NAME,
     MANIFEST_NAME,
-    TOKENIZER_NAME,
     Manifest,
     ShardEntry,
 )
@@ -28,6 +27,7 @@ from data_pipeline.shards.traversal import num_frames
 from data_pipeline.storage.byte_ranges import ByteRanges, LocalRanges
 from data_pipeline.storage.remote_folder import RemoteFolder
 from data_pipeline.text.codec import TextCodec
+from data_pipeline.text.tokenizer import TOKENIZER_JSON_NAME, TOKENIZER_NAME
 
 
 class Folder(Protocol):
@@ -98,7 +98,11 @@ class DataSet:
         """
         shown = f"{self.name}/{TOKENIZER_NAME}"
         try:
-            model_bytes = self._folder.read(TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
+            try:
+                model_bytes = self._folder.read(TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
+            except FileNotFoundError:
+                model_bytes = self._folder.read(TOKENIZER_JSON_NAME, MAX_TOKENIZER_BYTES)
+                shown = f"{self.name}/{TOKENIZER_JSON_NAME}"
         except OSError as error:
             raise TokenizerError(
                 f"cannot read the tokenizer {shown}: {error.strerror}; restore that file"
@@ -200,7 +204,7 @@ class DataSet:
         shown, manifest = self.name, self.manifest
         if codec.format.tokenizer_sha256 != manifest.text_format.tokenizer_sha256:
             raise TokenizerMismatchError(
-                f"{shown}/{TOKENIZER_NAME} has sha256 {codec.format.tokenizer_sha256[:12]}, but "
+                f"{shown}/{codec.file_name} has sha256 {codec.format.tokenizer_sha256[:12]}, but "
                 f"the shards beside it were made with {manifest.text_format.tokenizer_sha256[:12]};"
                 " restore that tokenizer"
             )

@@ -30,7 +30,6 @@ from data_pipeline.shards.data_set import DataSet, changed_shard
 from data_pipeline.shards.manifest import (
     DICTIONARY_NAME,
     SPLITS,
-    TOKENIZER_NAME,
     Manifest,
     ShardEntry,
 )
@@ -154,7 +153,7 @@ def select(
                 "selecting",
             )
         )
-        files = {TOKENIZER_NAME: codec.model_bytes, DICTIONARY_NAME: data_set.require_dictionary()}
+        files = {codec.file_name: codec.model_bytes, DICTIONARY_NAME: data_set.require_dictionary()}
         for name, content in files.items():
             if content is not None:
                 with replacing(folder / name) as file:

@@ -47,9 +47,9 @@ from data_pipeline.errors import (
 from data_pipeline.redaction import scrub
 from data_pipeline.sources.skipped import Skipped, skipped_from_json, skipped_to_json
 from data_pipeline.text.codec import TextFormat
+from data_pipeline.text.tokenizer import ANY_TOKENIZER
 
 MANIFEST_NAME = "manifest.json"
-TOKENIZER_NAME = "tokenizer.model"
 DICTIONARY_NAME = "dictionary.zdict"
 FORMAT_NAME = "megaback-shards"
 FORMAT_VERSION = 3
@@ -61,7 +61,7 @@ SPLITS = ("train", "val")
 SHARD_NAME = re.compile(r"(train|val)-[0-9]{5,}-[0-9]{5,}\.zst")
 """Names of shards: no other `.zst` file of a folder is removed."""
 FILE_NAME = re.compile(
-    rf"{SHARD_NAME.pattern}|{re.escape(MANIFEST_NAME)}|{re.escape(TOKENIZER_NAME)}"
+    rf"{SHARD_NAME.pattern}|{re.escape(MANIFEST_NAME)}|{ANY_TOKENIZER}"
     rf"|{re.escape(DICTIONARY_NAME)}|plan\.json"
 )
 """Names of the files that a build writes into its folder."""

@@ -35,7 +35,6 @@ from data_pipeline.shards.manifest import (
     MANIFEST_NAME,
     SHARD_NAME,
     SPLITS,
-    TOKENIZER_NAME,
     Manifest,
     ShardEntry,
 )
@@ -94,7 +93,7 @@ def recompress(
         waiting = [entry for entry in manifest.shards if entry not in done]
         done |= on_threads(work.do, waiting, workers, "recompressing")
         _remove_strays(out, manifest)
-        with replacing(out / TOKENIZER_NAME) as file:
+        with replacing(out / codec.file_name) as file:
             file.write(codec.model_bytes)
         recompressed = replace(
             manifest,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.common.limits import MAX_TOKENIZER_BYTES, MAX_VOCABULARY
+from data_pipeline.common.limits import MAX_TOKENIZER_BYTES
 from data_pipeline.common.regular_files import read_file
 from data_pipeline.errors import (
     ConfigError,
@@ -27,7 +27,9 @@ from data_pipeline.errors import (
     TokenizerError,
     TokenizerMismatchError,
 )
-from data_pipeline.text.encoder import Encoder, Ids, SentencePieceEncoder, fastest_encoder
+from data_pipeline.text.encoder import Encoder, Ids
+from data_pipeline.text.open_tokenizer import open_tokenizer
+from data_pipeline.text.tokenizer import file_name_of, find_tokenizer
 
 BEGIN_PIECE = "<|startoftext|>"
 END_PIECE = "<|endoftext|>"
@@ -41,14 +43,10 @@ CHAT_PIECES = (
     "<|assistant|>",
 )
 
-# SentencePiece represents a space as U+2581, so a real U+2581 would be decoded as a space; UTF-8
-# has no lone surrogates. Both are spelled with byte pieces instead.
-_SPACE_SYMBOL = "\u2581"
-_SPELLED_IN_BYTES = re.compile(f"([{_SPACE_SYMBOL}\ud800-\udfff]+)")
 # Text that the usual normalizations change: outer and repeated spaces, a ligature, a wide letter.
 _PROBE = "  a  \ufb01 \uff21\t\n e\u0301 \u00a0b "
 _RUNS = re.compile(r"\s+|\S+")
-# SentencePiece encodes this much in the time that building and checking a faster encoder takes.
+# The reference encodes this much in the time that building and checking a faster encoder takes.
 _CHARACTERS_BEFORE_FASTEST = 1 << 17
 
 
@@ -94,17 +92,6 @@ def reverse_words(text: str) -> str:
     'sat cat  the'
     """
     return "".join(reversed(_RUNS.findall(text)))
-
-
-def _is_plain(text: str) -> bool:
-    """Whether a text needs no spelling in byte pieces; faster than the regex."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return _SPACE_SYMBOL not in text
 
 
 @dataclass(frozen=True)
@@ -189,72 +176,51 @@ class Prompt:
     """Bytes of the given text that are not in `ids`; the first new id contains them."""
 
 
-def _no_model(reason: str = "") -> TokenizerError:
-    return TokenizerError(
-        f"this is not a SentencePiece model{reason}; train one with `megaback tokenizer train`"
-    )
-
-
 class TextCodec:
-    """Encodes and renders with one SentencePiece model, direction and unit.
+    """Encodes and renders with one tokenizer, direction and unit.
 
-    Encodes exactly as SentencePiece does, with a faster encoder once there is much to encode.
+    Encodes exactly as the tokenizer's library does, with a faster encoder once there is much to
+    encode.
     With `both`, for a model of both directions, the begin and end markers are exchanged if it reads
     forward, so that the first id names the direction. Instances are pickled as the serialized
-    model.
+    tokenizer.
     """
 
     def __init__(
         self, model_bytes: bytes, direction: Direction, unit: Unit, *, both: bool = False
     ) -> None:
         """Raises TokenizerError when the bytes are not a tokenizer that megaback can use."""
-        import sentencepiece
-
         self.model_bytes = model_bytes
         self.format = TextFormat(direction, unit, hashlib.sha256(model_bytes).hexdigest(), both)
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor()
-            self._processor.LoadFromSerializedProto(model_bytes)
-        except (RuntimeError, UnicodeDecodeError):
-            raise _no_model() from None
-        self.vocab_size: int = self._processor.vocab_size()
-        if self.vocab_size > MAX_VOCABULARY:
-            raise TokenizerError(
-                f"it has {self.vocab_size:,} pieces, more than the {MAX_VOCABULARY:,} that can be "
-                "read; train a smaller one with `megaback tokenizer train`"
-            )
-        self.id_dtype: np.dtype[Any] = np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
-        self._reference = SentencePieceEncoder(self._processor, self.id_dtype)
+        self._tokenizer = tokenizer = open_tokenizer(model_bytes)
+        self.vocab_size = tokenizer.vocab_size
+        self.id_dtype = tokenizer.id_dtype
+        self._piece_bytes = tokenizer.piece_bytes
+        self._unencodable = re.compile(f"([{tokenizer.unencodable}\ud800-\udfff]+)")
         self._characters_before_fastest = _CHARACTERS_BEFORE_FASTEST
         self.begin_id = self._require_control(BEGIN_PIECE)
         self.end_id = self._require_control(END_PIECE)
         if both and direction is Direction.FORWARD:
             self.begin_id, self.end_id = self.end_id, self.begin_id
         self.chat_ids = {piece: self._require_control(piece) for piece in CHAT_PIECES}
-        self._byte_ids = np.array(
-            [self._require_byte(value) for value in range(256)], dtype=self.id_dtype
-        )
-        try:
-            self._piece_bytes = [self._bytes_of(piece_id) for piece_id in range(self.vocab_size)]
-        except (ValueError, IndexError) as error:  # pieces that are not UTF-8, or not like <0x0A>
-            raise _no_model(f" ({error})") from None
         self._writable_ids: dict[int, npt.NDArray[np.int64]] = {}
         if self.render(self.encode(_PROBE)) != _PROBE:
             raise TokenizerError(
                 "the tokenizer normalizes characters or spaces, so text cannot be decoded exactly; "
-                "train one with `megaback tokenizer train`"
+                f"{tokenizer.advice}"
             )
 
     @classmethod
     def load(
         cls, path: Path, direction: Direction, unit: Unit, *, both: bool = False
     ) -> "TextCodec":
-        """Read a tokenizer.model file. Raises TokenizerError when it cannot be used."""
+        """Read a tokenizer's file, of either kind. Raises TokenizerError when it cannot be used."""
         try:
             model_bytes = read_file(path, MAX_TOKENIZER_BYTES)
         except OSError as error:
-            inside = sorted(path.glob("*.model"))
-            advice = f"give {inside[0]}" if inside else "train one with `megaback tokenizer train`"
+            inside = next(iter(sorted(path.glob("*.model"))), find_tokenizer(path))
+            how = "train one with `megaback tokenizer train`"
+            advice = f"give {inside}" if inside.is_file() else how
             raise TokenizerError(
                 f"cannot read the tokenizer {path}: {error.strerror}; {advice}"
             ) from None
@@ -262,6 +228,11 @@ class TextCodec:
             return cls(model_bytes, direction, unit, both=both)
         except TokenizerError as error:
             raise TokenizerError(f"{path}: {error}") from None
+
+    @property
+    def file_name(self) -> str:
+        """Name of the tokenizer's file in a folder."""
+        return file_name_of(self.model_bytes)
 
     def __reduce__(self) -> tuple[Any, tuple[bytes, TextFormat]]:
         return TextCodec.of, (self.model_bytes, self.format)
@@ -278,7 +249,7 @@ class TextCodec:
 
     @classmethod
     def load_as(cls, path: Path, text_format: TextFormat) -> "TextCodec":
-        """The codec of a model with this tokenizer.model. Raises TokenizerError."""
+        """The codec of a model with this tokenizer's file. Raises TokenizerError."""
         return cls.load(path, text_format.direction, text_format.unit, both=text_format.both)
 
     def newest(self, ids: Sequence[int], num_tokens: int) -> list[int]:
@@ -299,8 +270,9 @@ class TextCodec:
         if self.reverses_words:
             texts = [reverse_words(text) for text in texts]
         self._characters_before_fastest -= sum(map(len, texts))
-        encoder = self._reference if self._characters_before_fastest > 0 else self._fastest
-        are_plain = list(map(_is_plain, texts))
+        is_much = self._characters_before_fastest <= 0
+        encoder = self._fastest if is_much else self._tokenizer.reference
+        are_plain = list(map(self._is_plain, texts))
         ids_of_plain = iter(encoder.encode_all(list(compress(texts, are_plain))))
         ids_of_texts = [
             next(ids_of_plain) if is_plain else self._encode_spelled(text, encoder)
@@ -343,8 +315,7 @@ class TextCodec:
 
     def piece(self, piece_id: int) -> str:
         """Spelling of an id, for display."""
-        spelling: str = self._processor.id_to_piece(piece_id)
-        return spelling
+        return self._tokenizer.piece(piece_id)
 
     def piece_bytes(self, piece_id: int) -> bytes:
         """UTF-8 text of an id, which may be a part of a character; b"" for control ids.
@@ -396,17 +367,28 @@ class TextCodec:
 
     @cached_property
     def _fastest(self) -> Encoder:
-        return fastest_encoder(self.model_bytes, self._processor, self.id_dtype)
+        return self._tokenizer.fastest
+
+    def _is_plain(self, text: str) -> bool:
+        """Whether a text needs no spelling in byte pieces; faster than the regex."""
+        if text.isascii():
+            return True
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return False
+        return not any(symbol in text for symbol in self._tokenizer.unencodable)
 
     def _encode_spelled(self, text: str, encoder: Encoder) -> Ids:
         """Ids of a text that has characters spelled in byte pieces."""
-        parts = _SPELLED_IN_BYTES.split(text)
+        parts = self._unencodable.split(text)
         # Each distinct part is encoded once: a text may alternate half a million times.
         distinct = list(dict.fromkeys(parts[::2]))
         ids_of_distinct = dict(zip(distinct, encoder.encode_all(distinct), strict=True))
         ids_of_parts = [ids_of_distinct[part] for part in parts[::2]]
+        byte_ids = self._tokenizer.byte_ids
         spelled = [
-            self._byte_ids[np.frombuffer(part.encode("utf-8", "surrogatepass"), dtype=np.uint8)]
+            byte_ids[np.frombuffer(part.encode("utf-8", "surrogatepass"), dtype=np.uint8)]
             for part in parts[1::2]
         ]
         together: list[Ids] = [ids_of_parts[0]] * len(parts)
@@ -419,30 +401,9 @@ class TextCodec:
         return document
 
     def _require_control(self, piece: str) -> int:
-        piece_id: int = self._processor.piece_to_id(piece)
-        if self._processor.id_to_piece(piece_id) != piece or not self._processor.is_control(
-            piece_id
-        ):
+        piece_id = self._tokenizer.control_id(piece)
+        if piece_id is None:
             raise TokenizerError(
-                f"the tokenizer lacks the control piece {piece}; "
-                "train one with `megaback tokenizer train`"
+                f"the tokenizer lacks the control piece {piece}; {self._tokenizer.advice}"
             )
         return piece_id
-
-    def _require_byte(self, value: int) -> int:
-        piece_id: int = self._processor.piece_to_id(f"<0x{value:02X}>")
-        if not self._processor.is_byte(piece_id):
-            raise TokenizerError(
-                f"the tokenizer lacks the byte piece <0x{value:02X}>; "
-                "train one with byte fallback (`megaback tokenizer train` does)"
-            )
-        return piece_id
-
-    def _bytes_of(self, piece_id: int) -> bytes:
-        processor = self._processor
-        if processor.is_byte(piece_id):
-            return bytes([int(processor.id_to_piece(piece_id)[3:5], 16)])
-        if processor.is_control(piece_id) or processor.is_unknown(piece_id):
-            return b""
-        piece: str = processor.id_to_piece(piece_id)
-        return piece.replace(_SPACE_SYMBOL, " ").encode()

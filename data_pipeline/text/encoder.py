@@ -39,7 +39,7 @@ _CHARACTERS_PER_RUN = 64
 _JOINED_PIECES = 4096
 _MAX_COMPARED_PIECES = (1 << 18) + 8
 """Size of the largest vocabularies in use; a million pieces took 8 s and 1.5 GiB."""
-_PROBES = (
+PROBES = (
     "",
     *(
         space * count + end
@@ -64,14 +64,14 @@ _PROBES = (
 
 
 class Encoder(Protocol):
-    """Tokenizer with exactly SentencePiece's ids, in the text's order."""
+    """Encoder with exactly the ids of the tokenizer's library, in the text's order."""
 
     @property
     def name(self) -> str:
         """Name for display and reports."""
 
     def encode_all(self, texts: Sequence[str]) -> list[Ids]:
-        """Ids of each text, read-only. Texts have neither lone surrogates nor U+2581."""
+        """Ids of each text, read-only, without the characters that its caller handles."""
 
 
 class SentencePieceEncoder:
@@ -260,21 +260,21 @@ def fastest_encoder(model_bytes: bytes, processor: Any, id_dtype: np.dtype[Any])
     reference = SentencePieceEncoder(processor, id_dtype)
     if processor.vocab_size() > _MAX_COMPARED_PIECES:
         return reference
-    kitoken = _load_kitoken(model_bytes)
+    kitoken = kitoken_of("from_sentencepiece", model_bytes)
     texts = _piece_texts(processor)
     if kitoken is None or not _is_exact_by_construction(kitoken, processor, texts):
         return reference
     alone = KitokenEncoder(kitoken, id_dtype)
     # kitoken encodes a segment that is a piece as that piece; SentencePiece may not.
     as_segments = [text for text in texts if text]
-    probes = [*_PROBES, *_joined(as_segments)]
+    probes = [*PROBES, *_joined(as_segments)]
     expected = processor.encode([*as_segments, *probes], num_threads=1)
-    if not _gives(alone, [*as_segments, *probes], expected):
+    if not gives(alone, [*as_segments, *probes], expected):
         return reference
     if any(map(_WORD_THEN_SPACE.search, texts)) or " " not in texts or not is_installed("pyarrow"):
         return alone
     by_words = WordEncoder(alone, texts, id_dtype, always_by_words=True)
-    if not _gives(by_words, probes, expected[len(as_segments) :]):
+    if not gives(by_words, probes, expected[len(as_segments) :]):
         return alone
     return WordEncoder(alone, texts, id_dtype)
 
@@ -291,12 +291,12 @@ def _import_kitoken() -> Any:
 _KITOKEN = _import_kitoken()
 
 
-def _load_kitoken(model_bytes: bytes) -> Any:
-    """kitoken with a model, or None if it is not installed or rejects the model."""
+def kitoken_of(loader: str, content: bytes) -> Any:
+    """kitoken with a tokenizer, or None if it is not installed or rejects the tokenizer."""
     if _KITOKEN is None:
         return None
     try:
-        return _KITOKEN.Kitoken.from_sentencepiece(model_bytes)
+        return getattr(_KITOKEN.Kitoken, loader)(content)
     except (RuntimeError, ValueError):
         return None
 
@@ -352,7 +352,8 @@ def _joined(pieces: Sequence[str]) -> Iterator[str]:
     yield " ".join(some)
 
 
-def _gives(encoder: Encoder, texts: Sequence[str], expected: Sequence[list[int]]) -> bool:
+def gives(encoder: Encoder, texts: Sequence[str], expected: Sequence[list[int]]) -> bool:
+    """Whether an encoder has these ids for these texts."""
     try:
         return [ids.tolist() for ids in encoder.encode_all(texts)] == expected
     except OverflowError:  # an id outside the vocabulary

@@ -30,7 +30,6 @@ from data_pipeline.common.output_paths import (
 )
 from data_pipeline.common.regular_files import UNFIT, read_file
 from data_pipeline.errors import BadRecordError, SourceEmptyError, TokenizerError
-from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.sources.documents import Columns, stop_or_skip
 from data_pipeline.sources.record_limits import DEFAULT_MAX_RECORD_BYTES, max_record_bytes_option
 from data_pipeline.sources.registry import require_outside
@@ -45,6 +44,7 @@ from data_pipeline.sources.skipped import (
 )
 from data_pipeline.sources.weighted import WeightedSource, on_bad_record_option, weighted_sources
 from data_pipeline.text.codec import BEGIN_PIECE, CHAT_PIECES, END_PIECE
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from data_pipeline.tokenizer.text_sample import num_bytes, sample_texts
 
 REPORT_NAME = "tokenizer_report.json"

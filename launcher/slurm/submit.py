@@ -90,7 +90,9 @@ def require_no_job(run: Path) -> None:
     "same order. Default: 1.",
 )
 @click.option(
-    "--tokenizer", type=click.Path(path_type=Path), help="data: path to the tokenizer.model."
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="data: path to the tokenizer.model or tokenizer.json.",
 )
 @click.option(
     "--tasks",

@@ -17,7 +17,7 @@ from data_pipeline.common.atomic import partial_file, replacing, write_text
 from data_pipeline.common.command import storage_error
 from data_pipeline.common.own_files import remove_own_files
 from data_pipeline.errors import CheckpointCorruptError, StorageError
-from data_pipeline.shards.manifest import TOKENIZER_NAME
+from data_pipeline.text.tokenizer import file_name_of
 from megaback.checkpoints.checkpoint import CheckpointMeta, complete, read_meta, verify_together
 from megaback.checkpoints.frozen_weights import link_frozen
 from megaback.checkpoints.host_copy import HostCopy
@@ -132,9 +132,10 @@ class CheckpointSaver:
         if not self._world.is_first:
             return
         target, publish = writing.target, self._fence.replace
-        with replacing(target / TOKENIZER_NAME, publish) as file:
+        tokenizer = target / file_name_of(self._tokenizer)
+        with replacing(tokenizer, publish) as file:
             file.write(self._tokenizer)
-        files = {**files, TOKENIZER_NAME: size_and_hash(target / TOKENIZER_NAME)}
+        files = {**files, tokenizer.name: size_and_hash(tokenizer)}
         complete(target, writing.meta, files, publish)
         write_text(target.parent / LATEST_NAME, target.name + "\n", publish)
         if writing.is_best:

@@ -31,8 +31,12 @@ from data_pipeline.errors import (
     RunMismatchError,
     TokenizerError,
 )
-from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.text.codec import Direction, TextCodec, TextFormat, Unit
+from data_pipeline.text.tokenizer import (
+    TOKENIZER_NAMES,
+    file_name_of,
+    find_tokenizer,
+)
 from megaback.checkpoints.safetensors_file import Spec
 from megaback.config import ModelSection
 from megaback.model.attention_choice import choose_attention
@@ -47,6 +51,9 @@ from megaback.weights.weight_names import require_exact, shapes_of
 HF_TOKENIZER_NAME = "megaback.spm"
 """The SentencePiece model in a folder for transformers. With a name that ends with .model, stock
 classes would load it as one that reads forward."""
+HF_TOKENIZER_JSON_NAME = "megaback.bpe.json"
+"""The byte-level BPE tokenizer in a folder for transformers, named otherwise for that reason."""
+_HF_NAMES = (HF_TOKENIZER_NAME, HF_TOKENIZER_JSON_NAME)
 STOCK_SECTION = "megaback"
 _LOG = logging.getLogger("megaback.weights")
 _FORMAT_NAME = "megaback-model"
@@ -102,19 +109,20 @@ def write_model_folder(
 ) -> None:
     """Write a model folder tensor by tensor; the caller renames it to its final name."""
     write_weights(folder, specs, tensor_of, max_file_bytes)
-    with replacing(folder / TOKENIZER_NAME) as file:
+    with replacing(folder / file_name_of(tokenizer)) as file:
         file.write(tokenizer)
     write_text(folder / MODEL_CONFIG_NAME, json.dumps(description.to_fields(), indent=2) + "\n")
 
 
 def tokenizer_of(folder: Path) -> Path:
-    """Path of a model folder's SentencePiece model. Raises TokenizerError."""
-    for name in (HF_TOKENIZER_NAME, TOKENIZER_NAME):
+    """Path of a model folder's tokenizer. Raises TokenizerError."""
+    for name in (*_HF_NAMES, *TOKENIZER_NAMES):
         if (folder / name).is_file():
             return folder / name
     raise TokenizerError(
-        f"the model {folder} has no tokenizer ({TOKENIZER_NAME}, or {HF_TOKENIZER_NAME} for "
-        "transformers); copy it from the folder that the model was made from"
+        f"the model {folder} has no tokenizer ({' or '.join(TOKENIZER_NAMES)}, or for "
+        f"transformers {' or '.join(_HF_NAMES)}); copy it from the folder that the model was made "
+        "from"
     )
 
 
@@ -239,21 +247,21 @@ def _require_agreement(description: ModelDescription, fields: dict[str, Any], pa
 
 
 def _describe_foreign(folder: Path) -> ModelDescription:
-    """Description of another library's Llama or Qwen3 with a SentencePiece model."""
+    """Description of another library's Llama or Qwen3 with a tokenizer that we can read."""
     fields = _config_fields(folder)
     shape = from_stock(fields, str(folder / MODEL_CONFIG_NAME))
-    if (folder / HF_TOKENIZER_NAME).is_file():
+    if any((folder / name).is_file() for name in _HF_NAMES):
         raise CheckpointCorruptError(
             f"{folder / MODEL_CONFIG_NAME} has lost its section {STOCK_SECTION!r}, without which "
             f"the model's direction is unknown; copy it from the {MODEL_CONFIG_NAME} of the folder "
             "that the model was made from"
         )
     try:
-        tokenizer = read_file(folder / TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
+        tokenizer = read_file(path := find_tokenizer(folder), MAX_TOKENIZER_BYTES)
     except OSError as error:
         raise TokenizerError(
-            f"cannot read the tokenizer {folder / TOKENIZER_NAME}: {error.strerror}; "
-            "a model of another library needs its SentencePiece model"
+            f"cannot read the tokenizer {path}: {error.strerror}; a model of another library needs "
+            "its SentencePiece model, or its tokenizer.json"
         ) from None
     try:
         return ModelDescription(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_pipeline.common.file_names import path_within
 from data_pipeline.errors import CheckpointCorruptError
-from data_pipeline.shards.manifest import TOKENIZER_NAME
+from data_pipeline.text.tokenizer import find_tokenizer
 from megaback.checkpoints.checkpoint import CheckpointMeta, config_of, find_checkpoint, saved_state
 from megaback.checkpoints.frozen_weights import open_frozen, require_shapes
 from megaback.checkpoints.safetensors_file import Spec
@@ -117,12 +117,13 @@ def _branching_of(meta: CheckpointMeta, config: Config) -> Branching | None:
 def _tokenizer_of(target: Path, meta: CheckpointMeta) -> bytes:
     """Content of a checkpoint's tokenizer. Raises CheckpointCorruptError, TokenizerError."""
     try:
-        content = read_tokenizer(path_within(target, TOKENIZER_NAME))
+        found = find_tokenizer(target)
+        content = read_tokenizer(path_within(target, found.name))
     except ValueError as error:
         raise CheckpointCorruptError(f"cannot read the checkpoint {target}: {error}") from None
     if hashlib.sha256(content).hexdigest() != meta.format.tokenizer_sha256:
         raise CheckpointCorruptError(
-            f"the checkpoint {target} is damaged: {TOKENIZER_NAME} is not the file that was saved"
+            f"the checkpoint {target} is damaged: {found.name} is not the file that was saved"
         )
     return content
 

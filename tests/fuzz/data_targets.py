@@ -26,7 +26,7 @@ from data_pipeline.errors import MegabackError
 from data_pipeline.redaction import place_of, scrub, secret_spans, shown_url
 from data_pipeline.shards import index as shard_index
 from data_pipeline.shards.data_set import DataSet
-from data_pipeline.shards.manifest import MANIFEST_NAME, SPLITS, TOKENIZER_NAME, Manifest
+from data_pipeline.shards.manifest import MANIFEST_NAME, SPLITS, Manifest
 from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.seek_table import (
     SKIPPABLE_HEADER,
@@ -37,6 +37,7 @@ from data_pipeline.shards.seek_table import (
 from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 
 ALLOWED = (MegabackError,)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.shards.data_set import DataSet
-from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, Manifest
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from tests.helpers.file_server import FileServer
 
 Frames = dict[str, list[list[int]]]

@@ -23,9 +23,9 @@ from data_pipeline.errors import (
     MegabackError,
     StorageError,
 )
-from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 from tests.helpers.error_cases import CASES, Case
 from tests.helpers.tiny_run import tiny_config, training_environment

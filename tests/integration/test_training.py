@@ -12,9 +12,10 @@ import yaml
 
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings
-from data_pipeline.shards.manifest import TOKENIZER_NAME, Manifest
+from data_pipeline.shards.manifest import Manifest
 from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 from megaback.model.gpt import ReverseGPT
 from megaback.weights.model_folder import load_model_folder

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.atomic import write_text
-from data_pipeline.errors import BackendError, RunMismatchError, StorageError
+from data_pipeline.errors import BackendError, RunMismatchError, StorageError, TokenizerError
 from data_pipeline.text.codec import TextCodec
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from megaback.checkpoints.safetensors_file import size_and_hash
 from megaback.config import ModelSection
 from megaback.model.rotary import frequency_divisors
@@ -69,6 +70,7 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torc
             f"{shape.rope_scaling_factor:g}, which llama.cpp has for Llama only; export it with "
             "--to hf"
         )
+    require_sentencepiece(TextCodec.of(source.tokenizer, source.description.text_format), "gguf")
     types = gguf.GGMLQuantizationType
     path = folder / GGUF_NAME
     shapes, read = _with_frequencies(source)
@@ -117,6 +119,15 @@ def _with_frequencies(
         return divisors_R if name == _FREQUENCIES else source.read(name)
 
     return {_FREQUENCIES: tuple(divisors_R.shape), **source.shapes}, read
+
+
+def require_sentencepiece(codec: TextCodec, form: str) -> None:
+    """Raises TokenizerError for a tokenizer.json, which this form of an export cannot hold."""
+    if codec.file_name != TOKENIZER_NAME:
+        raise TokenizerError(
+            f"--to {form} does not support a byte-level BPE tokenizer ({codec.file_name}); "
+            "use --to full"
+        )
 
 
 def gguf_name_of(name: str) -> str:

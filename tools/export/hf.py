@@ -18,6 +18,7 @@ from megaback.weights.hf_config import to_stock
 from megaback.weights.model_folder import HF_TOKENIZER_NAME, STOCK_SECTION, ModelDescription
 from megaback.weights.source import WeightSource
 from megaback.weights.weight_files import write_weights
+from tools.export.gguf import require_sentencepiece
 from tools.export.model_card import REMOTE_CODE, model_card
 
 _TOKENIZER_CLASS = "MegabackTokenizer"
@@ -34,6 +35,7 @@ def write_hf_folder(
     description = source.description
     text_format = description.text_format
     codec = TextCodec.of(source.tokenizer, text_format)
+    require_sentencepiece(codec, "hf")
     write_weights(folder, source.specs(dtype), source.read, max_file_bytes)
     with replacing(folder / HF_TOKENIZER_NAME) as file:
         file.write(source.tokenizer)

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.shards.manifest import TOKENIZER_NAME
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from megaback import run_folder
 from megaback.run_folder import checkpoints_meant_by, holds_weights, step_name, step_of
 
 ROOT = Path(run_folder.__file__).parents[1]
 NAMES = {value for name, value in vars(run_folder).items() if name.endswith(("_NAME", "_FOLDER"))}
+NAMES.add(TOKENIZER_NAME)
 PREFIXES = tuple(value for name, value in vars(run_folder).items() if name.endswith("_PREFIX"))
 HOMES = {
     "megaback/run_folder.py",
-    "data_pipeline/shards/manifest.py",  # the tokenizer's name, which checkpoints share
+    "data_pipeline/text/tokenizer.py",  # the tokenizer's name, which checkpoints share
     "data_pipeline/build/train_command.py",  # cannot import megaback, and looks for runs nearby
     "megaback/planning/host_memory.py",  # a controller of cgroups has the name of a folder
 }
@@ -53,7 +54,7 @@ def test_no_other_module_repeats_the_name_of_a_run_s_file() -> None:
     }
     assert {one for one in found if one[0] not in HOMES} == set()
     assert ("megaback/run_folder.py", "metrics.jsonl") in found
-    assert ("data_pipeline/shards/manifest.py", TOKENIZER_NAME) in found
+    assert ("data_pipeline/text/tokenizer.py", TOKENIZER_NAME) in found
 
 
 @pytest.mark.parametrize(

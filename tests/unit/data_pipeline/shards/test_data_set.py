@@ -20,9 +20,10 @@ from data_pipeline.errors import (
 from data_pipeline.shards.compression import Compression
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.shards.frame_cache import CacheSettings
-from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, ShardEntry
+from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, ShardEntry
 from data_pipeline.shards.recompress import recompress
 from data_pipeline.storage import retries
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from tests.helpers.batches import BACKWARD_TOKENS, BEGIN, END, write_data_set
 from tests.helpers.data_sets import (
     KINDS,

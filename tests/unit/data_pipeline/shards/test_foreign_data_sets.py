@@ -21,9 +21,10 @@ from data_pipeline.build.train_command import train_commands
 from data_pipeline.errors import OutputExistsError, ShardCorruptError
 from data_pipeline.shards import inspection, recompress, verify
 from data_pipeline.shards.data_set import DataSet
-from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, Manifest
 from data_pipeline.shards.recompress import WORK_FOLDER
 from data_pipeline.storage.remote_folder import RemoteFolder
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from data_pipeline.tokenizer.train_tokenizer import REPORT_NAME
 from tests.helpers.builds import Codecs, Run, hashes, make_settings
 from tools.artifacts import inspect

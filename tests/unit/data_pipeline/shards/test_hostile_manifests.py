@@ -13,7 +13,8 @@ from data_pipeline.build.plan import Plan
 from data_pipeline.errors import MegabackError, ShardCorruptError, TokenizerError
 from data_pipeline.shards import inspection
 from data_pipeline.shards.data_set import DataSet
-from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, Manifest
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from tests.helpers.data_sets import publish
 from tests.helpers.file_server import FileServer
 from tests.helpers.size_bounds import change_shard, refused, within_bounds

@@ -296,8 +296,8 @@ class _Wrong:
 def test_a_kitoken_that_is_wrong_about_a_piece_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    load = encoder._load_kitoken
-    monkeypatch.setattr(encoder, "_load_kitoken", lambda model_bytes: _Wrong(load(model_bytes)))
+    load = encoder.kitoken_of
+    monkeypatch.setattr(encoder, "kitoken_of", lambda *given: _Wrong(load(*given)))
     model_bytes = model_of("english")
     chosen = fastest_encoder(model_bytes, processor_of(model_bytes), ID_DTYPE)
     assert chosen.name == "sentencepiece"

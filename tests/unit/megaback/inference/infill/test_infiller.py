@@ -17,8 +17,8 @@ from data_pipeline.errors import (
     PromptError,
     TokenizerMismatchError,
 )
-from data_pipeline.shards.manifest import TOKENIZER_NAME
 from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 from megaback.config import ModelSection
 from megaback.inference.decoder import Decoder
