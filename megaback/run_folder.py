@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data_pipeline.common.file_names import path_within
 from data_pipeline.common.regular_files import UNFIT, read_file
-from data_pipeline.errors import CheckpointCorruptError
+from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError
 from data_pipeline.text.tokenizer import ANY_TOKENIZER, TOKENIZER_NAMES
 
 CONFIG_COPY_NAME = "config.yaml"
@@ -152,6 +152,20 @@ def _complete_in(folder: Path) -> list[Path]:
 def newest_checkpoint_step(run: Path) -> int:
     """The step of the newest complete checkpoint; 0 without one."""
     return max(map(step_of, complete_checkpoints(run)), default=0)
+
+
+def refuse_unreadable_model(path: Path) -> None:
+    """Raises CheckpointMissingError for a path whose model is for other programs."""
+    if path.suffix == ".gguf" or (path / GGUF_NAME).is_file():
+        raise CheckpointMissingError(
+            f"{path} is a GGUF export, which is for llama.cpp and is not read again; give the "
+            "run, a checkpoint, or a folder that `megaback convert --to full` or hf wrote"
+        )
+    if (path / ADAPTER_NAME).is_file():
+        raise CheckpointMissingError(
+            f"{path} is an adapter, not a model; merge it in peft (`merge_and_unload()`, "
+            "`save_pretrained(DIR)`), save its tokenizer to DIR too, and give that folder"
+        )
 
 
 def checkpoints_meant_by(path: Path) -> list[Path]:

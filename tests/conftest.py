@@ -54,6 +54,17 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session")
+def hf_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A temporary cache of the code of exports, in place of the user's."""
+    import transformers
+
+    with pytest.MonkeyPatch.context() as patch:
+        place = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", place)
+        yield
+
+
 NUM_PIECES = 600
 NUM_DOCUMENTS = 400
 FRAME_TOKENS = 1024

@@ -46,7 +46,6 @@ from megaback.config_messages import sentence
 from megaback.distributed.world import World
 from megaback.run_folder import (
     FILE_NAME,
-    GGUF_NAME,
     MAX_META_BYTES,
     META_NAME,
     OPTIMIZER_PREFIX,
@@ -54,6 +53,7 @@ from megaback.run_folder import (
     WEIGHTS_PREFIX,
     checkpoints_meant_by,
     complete_checkpoints,
+    refuse_unreadable_model,
     step_name,
 )
 
@@ -210,11 +210,7 @@ def find_checkpoint(path: Path, part: int = 0, parts: int = 1) -> tuple[Path, Ch
     """
     candidates = checkpoints_meant_by(path)
     if not candidates:
-        if path.suffix == ".gguf" or (path / GGUF_NAME).is_file():
-            raise CheckpointMissingError(
-                f"{path} is a GGUF export, which is for llama.cpp and is not read again; give the "
-                "run, a checkpoint, or a folder that `megaback convert --to full` or hf wrote"
-            )
+        refuse_unreadable_model(path)
         raise CheckpointMissingError(
             f"{with_absolute(path)} holds no complete checkpoint (no step-*/{META_NAME}); "
             "give a run's folder, or train until a checkpoint is saved"

@@ -32,6 +32,7 @@ from megaback.run_folder import (
     MODEL_CONFIG_NAME,
     checkpoints_meant_by,
     complete_checkpoints,
+    refuse_unreadable_model,
 )
 from megaback.weights.model_folder import write_model_folder
 from megaback.weights.source import open_checkpoint
@@ -83,6 +84,7 @@ def _checkpoint_of(path: Path) -> Path:
     """The checkpoint of a path, unverified. Raises CheckpointMissingError."""
     found = checkpoints_meant_by(path)
     if not found:
+        refuse_unreadable_model(path)
         raise CheckpointMissingError(
             f"{path} is neither a model's folder (it has no {MODEL_CONFIG_NAME}) nor a run with a "
             f"complete checkpoint (no step-*/{META_NAME}); name another folder, or train until a "

@@ -42,7 +42,7 @@ from megaback.config import ModelSection
 from megaback.model.attention_choice import choose_attention
 from megaback.model.gpt import ReverseGPT
 from megaback.planning.host_memory import host_memory_bytes
-from megaback.run_folder import ADAPTER_NAME, MODEL_CONFIG_NAME
+from megaback.run_folder import MODEL_CONFIG_NAME, refuse_unreadable_model
 from megaback.weights.hf_config import from_stock, is_stock
 from megaback.weights.identity import Average, Branching
 from megaback.weights.weight_files import StoredWeights, read_sums, write_weights
@@ -139,12 +139,8 @@ def read_tokenizer(path: Path) -> bytes:
 
 def _config_fields(folder: Path) -> dict[str, Any]:
     path = folder / MODEL_CONFIG_NAME
-    if not path.is_file() and (folder / ADAPTER_NAME).is_file():
-        raise CheckpointMissingError(
-            f"{folder} is an adapter, not a model; merge it in peft (`merge_and_unload()`, "
-            "`save_pretrained(DIR)`), save its tokenizer to DIR too, and give that folder"
-        )
     if not path.is_file():
+        refuse_unreadable_model(folder)
         raise CheckpointMissingError(
             f"{folder} is not a model's folder (it has no {MODEL_CONFIG_NAME}); give one that "
             "`megaback convert` wrote"

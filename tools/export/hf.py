@@ -84,11 +84,20 @@ def _tokenizer_config(codec: TextCodec, description: ModelDescription) -> dict[s
         "unit": codec.format.unit.value,
         "bos_token": codec.piece(codec.begin_id),
         "eos_token": codec.piece(codec.end_id),
-        "pad_token": codec.piece(codec.end_id),
+        "pad_token": codec.piece(_pad_id(codec)),
         "model_max_length": description.context_tokens,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
+
+
+def _pad_id(codec: TextCodec) -> int:
+    """An id that no text and no example contains, or the end marker if there is none.
+
+    Collators exclude the pad token from the loss, and the end marker must be learned.
+    """
+    used = {codec.begin_id, *codec.chat_ids.values(), *codec.writable_ids(codec.end_id).tolist()}
+    return next((i for i in range(codec.vocab_size) if i not in used), codec.end_id)
 
 
 def _generation_config(codec: TextCodec) -> dict[str, Any]:

@@ -41,6 +41,19 @@ _FORWARD_ONLY = {
     "a text: use `stop` of pipeline('megaback-reverse', …)",
 }
 
+# Modules of TRL that encode texts for training: they spell the end marker in the text, and take a
+# prompt's ids for the first ones of prompt and completion.
+_TEXT_TRAINERS = {
+    f"trl.{name}"
+    for name in (
+        "data_utils",
+        "trainer.sft_trainer",
+        "trainer.dpo_trainer",
+        "trainer.kto_trainer",
+        "trainer.reward_trainer",
+    )
+}
+
 
 class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     """Tokenizer that encodes and decodes in the model's direction."""
@@ -163,7 +176,14 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return self._rendered(row[begin:end], names_controls=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_forward_only(sys._getframe(1).f_globals.get("__name__"))
+        caller = sys._getframe(1).f_globals.get("__name__")
+        if caller in _TEXT_TRAINERS:
+            raise NotImplementedError(
+                "TRL cannot encode texts with this tokenizer, to which a spelled marker is text; "
+                "give it rows with `input_ids` and `labels`: for a document both are "
+                "[*tokenizer(text).input_ids, tokenizer.eos_token_id]"
+            )
+        self._refuse_forward_only(caller)
         return super().__call__(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
@@ -290,7 +310,7 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
             if token and token not in known:
                 raise ValueError(
                     f"this tokenizer cannot add {token!r}: its vocabulary is that of its "
-                    "SentencePiece model, and no text becomes a marker; pad with its eos_token"
+                    "SentencePiece model, and no text becomes a marker; pad with its pad_token"
                 )
 
     def _encode_plus(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """Exports for transformers, shared by the tests of its code."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,9 @@ ExportOf = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def export(
-    tmp_path_factory: pytest.TempPathFactory, codec: Callable[..., TextCodec]
-) -> Iterator[ExportOf]:
-    """`export(direction, unit, context_tokens=64, qk_norm=False)`: an export folder.
-
-    Its code is loaded through a temporary cache of modules in place of the user's.
-    """
-    import transformers
+    tmp_path_factory: pytest.TempPathFactory, codec: Callable[..., TextCodec], hf_modules: None
+) -> ExportOf:
+    """`export(direction, unit, context_tokens=64, qk_norm=False)`: an export folder."""
 
     @cache
     def of(
@@ -37,10 +33,7 @@ def export(
         convert(folder / "run", folder / "model", "hf", "float32")
         return folder / "model"
 
-    with pytest.MonkeyPatch.context() as patch:
-        place = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", place)
-        yield of
+    return of
 
 
 @pytest.fixture(scope="session")

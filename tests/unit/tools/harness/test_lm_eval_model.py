@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import transformers
 from click.testing import CliRunner
 
 from data_pipeline.errors import ConfigError, DirectionMismatchError
@@ -60,12 +59,10 @@ NAMES = ["local_choice", "local_rolling", "local_generation"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def modules(tmp_path_factory: pytest.TempPathFactory, hf_modules: None) -> Iterator[None]:
     """Temporary caches in place of the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        place = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", place)
-        patch.setenv("HF_DATASETS_CACHE", place)
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         register()
         yield
