@@ -29,6 +29,7 @@ def write_checkpoint(
     step: int = STEP,
     seed: int = 5,
     shards: Path = Path("unused"),
+    on_examples: bool = False,
     **model: object,
 ) -> tuple[Path, ReverseGPT]:
     """Write a run with one checkpoint, sharded over the ranks. Returns the run and its model."""
@@ -76,6 +77,7 @@ def write_checkpoint(
         val_loss=2.5,
         versions={},
         files=files,
+        on_examples=on_examples,
     )
     described = {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(meta)}
     (target / META_NAME).write_text(json.dumps(described))

@@ -23,6 +23,11 @@ from tools.export.model_card import REMOTE_CODE, model_card
 
 _TOKENIZER_CLASS = "MegabackTokenizer"
 _TOKENIZER_MODULE = "tokenization_megaback"
+_NO_CHAT_TEXT = (
+    "the chats of this model are ids, in which no text is a marker: load the tokenizer with "
+    "trust_remote_code=True and call its apply_chat_template with tokenize=True (see README.md)"
+)
+"""Error of the stored chat template, for programs that would render text from it."""
 _PIPELINE_TASKS = ("megaback-reverse", "text-generation")
 _PIPELINE_CLASS = "MegabackTextGeneration"
 _PIPELINE_MODULE = "generation_megaback"
@@ -43,7 +48,7 @@ def write_hf_folder(
     for code in REMOTE_CODE:
         write_text(folder / code.name, code.read_text(encoding="utf-8"))
     _write_json(folder / HF_TOKENIZER_CONFIG_NAME, _tokenizer_config(codec, description))
-    _write_json(folder / "generation_config.json", _generation_config(codec))
+    _write_json(folder / "generation_config.json", _generation_config(codec, description))
     write_text(folder / "README.md", model_card(description, codec, name))
     _write_json(folder / MODEL_CONFIG_NAME, _config(codec, description, dtype))
 
@@ -88,6 +93,7 @@ def _tokenizer_config(codec: TextCodec, description: ModelDescription) -> dict[s
         "model_max_length": description.context_tokens,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
+        "chat_template": "{{ raise_exception(" + json.dumps(_NO_CHAT_TEXT) + ") }}",
     }
 
 
@@ -100,16 +106,20 @@ def _pad_id(codec: TextCodec) -> int:
     return next((i for i in range(codec.vocab_size) if i not in used), codec.end_id)
 
 
-def _generation_config(codec: TextCodec) -> dict[str, Any]:
-    """Defaults of sampling.
+def _generation_config(codec: TextCodec, description: ModelDescription) -> dict[str, Any]:
+    """Defaults of sampling, of ids that a text has.
 
     No `max_new_tokens`: it would override the `max_length` that lm_eval and others pass, and vLLM
-    takes it as the limit of every request.
+    takes it as the limit of every request. No `max_length`: transformers warns of it at every call
+    with `max_new_tokens`.
     """
-    writable = set(codec.writable_ids(codec.end_id).tolist())
+    end_ids = [codec.end_id]
+    if description.on_examples:
+        end_ids.append(codec.chat_ids["<|im_end|>"])
+    writable = {*end_ids, *codec.writable_ids(codec.end_id).tolist()}
     return {
         "bos_token_id": codec.begin_id,
-        "eos_token_id": codec.end_id,
+        "eos_token_id": end_ids if len(end_ids) > 1 else codec.end_id,
         "pad_token_id": codec.end_id,
         "do_sample": True,
         "temperature": 0.8,

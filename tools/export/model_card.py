@@ -87,9 +87,9 @@ def model_card(description: ModelDescription, codec: TextCodec, name: str) -> st
     stock = "Qwen3" if description.shape.qk_norm else "Llama"
     given, new_tokens = example_of(codec, description.context_tokens)
     what = "before an ending" if is_backward else "after a beginning"
-    given_part, written_part = ("a response", "instruction for it")
+    given_role, given_part, written_part = "assistant", "a response", "instruction for it"
     if not is_backward:
-        given_part, written_part = ("an instruction", "response to it")
+        given_role, given_part, written_part = "user", "an instruction", "response to it"
     files = ", ".join(f"`{path.name}`" for path in REMOTE_CODE)
     val_loss = "" if description.val_loss is None else f", val loss {description.val_loss:.4f} nats"
     return f"""---
@@ -131,8 +131,9 @@ print(write("{given}", max_new_tokens={new_tokens})[0]["generated_text"])
 Without `max_new_tokens`, `generate` writes 20 tokens.
 
 If it was fine-tuned on instructions,
-`model.generate(**tokenizer.chat_prompt("{given_part}"), max_new_tokens={new_tokens})`
-writes the {written_part}, and `tokenizer.written` of the ids is its text.
+`write([{{"role": "{given_role}", "content": "{given_part}"}}])` writes the {written_part}.
+`tokenizer.apply_chat_template` gives the ids of messages, and
+`tokenizer.example(instruction, response)` the ids and labels of an example to fine-tune on.
 
 {_BACKWARD_USES if is_backward else _FORWARD_USES}
 {both_directions(text_format, "hf")}{average_of(description)}{branch_of(description)}\
@@ -157,7 +158,8 @@ _BACKWARD_USES = f"""**Right:**
 
 **Not right, and refused with an error:** loading the tokenizer without `trust_remote_code=True`;
 the stock `text-generation` pipeline around a loaded model; `TextStreamer` (use
-`tokenizer.streamer`); `stop_strings` (use `stop` of the pipeline); chat templates; new tokens.
+`tokenizer.streamer`); `stop_strings` (use `stop` of the pipeline); chats
+as text; other chat templates; new tokens.
 
 **Not right, without an error:**
 - Servers that turn ids into text piece by piece (the text endpoints of vLLM and of others, streamed
@@ -170,6 +172,6 @@ the stock `text-generation` pipeline around a loaded model; `TextStreamer` (use
 
 _FORWARD_USES = f"""**Right:** whatever a causal model of transformers is used for, with
 `trust_remote_code=True`; without it the tokenizer cannot be loaded. No text becomes a marker: new
-tokens and chat templates are refused with an error.
+tokens, chats as text and other chat templates are refused with an error.
 
 {_TRAINING}"""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, Pipeline, StoppingCriteria, StoppingCriteriaList
 
+from .chat_megaback import Chat
 from .new_text_megaback import NewText, stop_texts
 
 _LENGTHS = {"max_new_tokens", "max_length", "generation_config"}
@@ -65,10 +66,11 @@ class StopAtText(StoppingCriteria):  # type: ignore[misc]
 class MegabackTextGeneration(Pipeline):  # type: ignore[misc]
     """`pipeline("megaback-reverse", model=FOLDER, trust_remote_code=True)`: text in reading order.
 
-    Takes an ending, or a beginning if the model is a forward one; or a list of them, in batches of
-    `batch_size`. `stop` is a text or several, before which (in the model's direction) the new text
-    ends; `streamer` is one of `tokenizer.streamer`. Other options than these and `return_full_text`
-    are passed to `generate`; without a length among them, at most 256 tokens are new.
+    Takes an ending, or a beginning if the model is a forward one; or the messages of a chat
+    without the one that the model writes; or a list of these, in batches of `batch_size`. `stop` is
+    a text or several, before which (in the model's direction) the new text ends; `streamer` is one
+    of `tokenizer.streamer`. Other options than these and `return_full_text` are passed to
+    `generate`; without a length among them, at most 256 tokens are new.
     """
 
     def _sanitize_parameters(
@@ -82,16 +84,35 @@ class MegabackTextGeneration(Pipeline):  # type: ignore[misc]
             generate_kwargs["stops"] = stop_texts(stop)
         return {}, generate_kwargs, shown
 
-    def preprocess(self, text: str) -> dict[str, Any]:
-        return {"given": text}
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(inputs, list | tuple) and inputs and isinstance(inputs[0], dict):
+            return super().__call__([inputs], *args, **kwargs)[0]
+        return super().__call__(inputs, *args, **kwargs)
+
+    def preprocess(self, text: Any) -> dict[str, Any]:
+        """The given text, also of a chat. Raises ValueError for a chat of another form."""
+        if isinstance(text, str):
+            return {"given": text, "is_chat": False}
+        chat = self.tokenizer.chat_format.read(getattr(text, "messages", text))
+        if chat.written is not None:
+            raise ValueError(f"the chat has both messages already; {self.tokenizer.chat_format}")
+        return {"given": chat.given, "is_chat": True}
 
     def _forward(
         self, inputs: dict[str, Any], stops: tuple[str, ...] = (), **generate_kwargs: Any
     ) -> dict[str, Any]:
-        given = inputs["given"]
+        given, is_chat = inputs["given"], inputs["is_chat"]
         texts = [given] if isinstance(given, str) else given
-        prompt = self.tokenizer.prompt(texts)
-        new_texts = [self.tokenizer.new_text(text, stops) for text in texts]
+        are_chats = [is_chat] if isinstance(given, str) else is_chat
+        if len(set(are_chats)) > 1:
+            raise ValueError("a batch has texts and chats; give one kind at a time")
+        if are_chats[0]:
+            prompt = self.tokenizer.chat_prompt(texts)
+            held_by = [""] * len(texts)
+        else:
+            prompt = self.tokenizer.prompt(texts)
+            held_by = texts
+        new_texts = [self.tokenizer.new_text(text, stops) for text in held_by]
         given_tokens = prompt["input_ids"].shape[1]
         for name in ("input_ids", "attention_mask"):
             prompt[name] = prompt[name].to(self.device)
@@ -100,7 +121,7 @@ class MegabackTextGeneration(Pipeline):  # type: ignore[misc]
             generate_kwargs["max_new_tokens"] = min(_MAX_NEW_TOKENS, room)
         # Not by its class: transformers loads the tokenizer's copy of it apart from the pipeline's.
         if (expect := getattr(generate_kwargs.get("streamer"), "expect", None)) is not None:
-            expect(texts[0], stops)
+            expect(held_by[0], stops)
         if stops:
             theirs = generate_kwargs.pop("stopping_criteria", None) or []
             ours = StopAtText(given_tokens, new_texts)
@@ -112,11 +133,20 @@ class MegabackTextGeneration(Pipeline):  # type: ignore[misc]
             [new_text.read(row)[0] for row in new[number * rows_each : (number + 1) * rows_each]]
             for number, new_text in enumerate(new_texts)
         ]
-        return {"given": given, "written": written[0] if isinstance(given, str) else written}
+        return {
+            "given": given,
+            "is_chat": is_chat,
+            "written": written[0] if isinstance(given, str) else written,
+        }
 
     def postprocess(
         self, outputs: dict[str, Any], return_full_text: bool = True
-    ) -> list[dict[str, str]]:
+    ) -> list[dict[str, Any]]:
+        given, written = outputs["given"], outputs["written"]
+        if not return_full_text:
+            return [{"generated_text": text} for text in written]
+        if outputs["is_chat"]:
+            form = self.tokenizer.chat_format
+            return [{"generated_text": form.messages(Chat(given, text))} for text in written]
         joined = self.tokenizer.new_text("").joined
-        given = outputs["given"] if return_full_text else ""
-        return [{"generated_text": joined(text, given)} for text in outputs["written"]]
+        return [{"generated_text": joined(text, given)} for text in written]

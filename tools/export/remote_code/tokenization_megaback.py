@@ -12,21 +12,20 @@ correct results raise an error.
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import LogitsProcessorList, PreTrainedTokenizer
+from transformers import PreTrainedTokenizer
 
-from .generation_megaback import PromptRules
-from .new_text_megaback import NewText, reverse_words, stop_texts
+# Before version 5, transformers finds only files that this one imports, not what those import.
+from .chat_megaback import ChatFormat  # noqa: F401
+from .generation_megaback import PromptRules  # noqa: F401
+from .new_text_megaback import reverse_words
 from .pieces_megaback import BEGIN_PIECE, END_PIECE, Pieces
-from .streaming_megaback import MegabackStreamer
+from .prompts_megaback import PromptMethods, as_array
+from .streaming_megaback import MegabackStreamer  # noqa: F401
 
-_START_PIECE = "<|im_start|>"
-_STOP_PIECE = "<|im_end|>"
 _REFUSAL_NAME = "tokenizer.json"
 """A file beside the vocabulary that no library can load, so that stock classes raise an error."""
 _OTHER_SIDE = {"only_first": "only_second", "only_second": "only_first"}
@@ -55,7 +54,7 @@ _TEXT_TRAINERS = {
 }
 
 
-class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
+class MegabackTokenizer(PromptMethods, PreTrainedTokenizer):  # type: ignore[misc]
     """Tokenizer that encodes and decodes in the model's direction."""
 
     # Not *.model: stock classes would load a file of that name, and read forward.
@@ -80,101 +79,6 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         super().__init__(direction=direction, unit=unit, **kwargs)
 
-    def prompt(self, text: str | list[str]) -> dict[str, Any]:
-        """Arguments of generate: `model.generate(**tokenizer.prompt(text))` continues a text.
-
-        The piece next to the new text is held back, since it would imply that a word ends there;
-        the first new id is one that ends with it (backward) or begins with it (forward). A list of
-        texts is a batch, padded on the left. Raises ValueError for a text that fills the context.
-        """
-        texts = _texts(text)
-        parts = [self._prompt_ids(one) for one in texts]
-        first_ids = [first for _, first, _ in parts]
-        return self._batch([ids for ids, _, _ in parts], first_ids, self.eos_token_id)
-
-    def new_text(
-        self,
-        given: str,
-        stop: str | Sequence[str] | None = None,
-        prompt_ids: list[int] | None = None,
-    ) -> NewText:
-        """Reader of the text that a model writes after `prompt(given)`, from its new ids.
-
-        `prompt_ids` are the ids that it was given, if they may be others: those of a chat, or of
-        `tokenizer(given)`. Raises ValueError for ids of another text.
-        """
-        ids, _, held_back = self._prompt_ids(given)
-        if prompt_ids is not None and prompt_ids != ids:
-            is_chat = not given and prompt_ids[:1] == [self._pieces.id_of(_START_PIECE)]
-            if not is_chat and prompt_ids != [self.bos_token_id, *self._encoded(given)]:
-                raise ValueError(
-                    f"the model was given another text than {given!r:.80}; pass the given text: "
-                    "tokenizer.streamer(given=text), or none for a chat"
-                )
-            held_back = b""
-        texts = self._pieces.texts
-        return NewText(texts, self.direction, self.unit, held_back, stop_texts(stop))
-
-    def streamer(
-        self,
-        on_text: Callable[[str], None] | None = None,
-        *,
-        given: str = "",
-        stop: str | Sequence[str] | None = None,
-        whole: bool = False,
-        timeout_s: float | None = None,
-    ) -> MegabackStreamer:
-        """Streamer of `generate` that passes each new part of the text to a function.
-
-        A part precedes the earlier ones if the model is backward; with `whole`, the text so far is
-        passed in place of it. Without a function, the parts are the streamer's items, for a thread
-        that iterates while another one generates. `given` is the text that `prompt` was given.
-        """
-        return MegabackStreamer(
-            self, on_text, given=given, stop=stop, whole=whole, timeout_s=timeout_s
-        )
-
-    def chat_prompt(self, given: str | list[str]) -> dict[str, Any]:
-        """Arguments of generate, for a fine-tuned model, of a response (backward) or an instruction
-        (forward).
-
-        `model.generate(**tokenizer.chat_prompt(text))` writes the other one up to its end marker,
-        and `tokenizer.written(ids)` is its text. Raises ValueError for a text that fills the
-        context.
-        """
-        given_role, written_role = "<|response|>", "<|instruction|>"
-        if self.direction != "backward":
-            given_role, written_role = written_role, given_role
-        start_id, stop_id, given_id, written_id = map(
-            self._pieces.id_of, (_START_PIECE, _STOP_PIECE, given_role, written_role)
-        )
-        rows = [
-            [start_id, given_id, *self._encoded(text), stop_id, start_id, written_id]
-            for text in _texts(given)
-        ]
-        with_text = [i for i, text in enumerate(self._pieces.texts) if text]
-        unwanted = set(range(self.vocab_size)) - {*with_text, stop_id}
-        return {
-            **self._batch(rows, [with_text] * len(rows), stop_id),
-            "eos_token_id": stop_id,
-            "suppress_tokens": sorted(unwanted),
-        }
-
-    def written(self, token_ids: Any) -> str | list[str]:
-        """The text that a model wrote after a `chat_prompt`, from the whole list of ids.
-
-        Returns a list of texts for a batch.
-        """
-        ids = np.atleast_1d(_array(token_ids))
-        if ids.ndim > 1:
-            return [str(self.written(row)) for row in ids]
-        row = ids.tolist()
-        role = "<|instruction|>" if self.direction == "backward" else "<|response|>"
-        begin = row.index(self._pieces.id_of(role)) + 1
-        stop_id = self._pieces.id_of(_STOP_PIECE)
-        end = row.index(stop_id, begin) if stop_id in row[begin:] else len(row)
-        return self._rendered(row[begin:end], names_controls=False)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1).f_globals.get("__name__")
         if caller in _TEXT_TRAINERS:
@@ -191,12 +95,10 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         self._refuse_forward_only(sys._getframe(1).f_globals.get("__name__"))
         return super().decode(*args, **kwargs)
 
-    def apply_chat_template(self, *_args: Any, **_kwargs: Any) -> Any:
-        """Always raises NotImplementedError; use `chat_prompt` instead."""
-        raise NotImplementedError(
-            "this tokenizer encodes no text as a marker, so chat templates are not supported; use "
-            "chat_prompt(text), which returns the arguments of generate(), and written(ids)"
-        )
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """Ids of a chat: see `PromptMethods.apply_chat_template`."""
+        self._refuse_forward_only(sys._getframe(1).f_globals.get("__name__"))
+        return super().apply_chat_template(*args, **kwargs)
 
     @property
     def vocab_size(self) -> int:
@@ -330,51 +232,11 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     def _reverses_ids(self) -> bool:
         return bool(self.direction == "backward" and self.unit == "token")
 
-    @property
-    def _writable(self) -> list[int]:
-        texts = self._pieces.texts
-        return [i for i, text in enumerate(texts) if i == self.eos_token_id or text]
-
     def _in_order(self, first: list[int], second: list[int] | None) -> list[int]:
         parts = (first, second or [])
         if self.direction == "backward":
             parts = parts[::-1]
         return [*parts[0], *parts[1]]
-
-    def _prompt_ids(self, text: str) -> tuple[list[int], list[int] | None, bytes]:
-        """Ids of a text, the ids allowed next (None for any), and the bytes that are held back."""
-        ids = [self.bos_token_id, *self._encoded(text)]
-        if len(ids) == 1:
-            return ids, None, b""
-        texts = self._pieces.texts
-        if self._reverses_words:
-            first_ids = [
-                i for i in self._writable if i == self.eos_token_id or texts[i][:1].isspace()
-            ]
-            return ids, first_ids, b""
-        held_back = texts[ids.pop()]
-        contains = bytes.endswith if self._reverses_ids else bytes.startswith
-        return ids, [i for i in self._writable if contains(texts[i], held_back)], held_back
-
-    def _batch(
-        self, rows: list[list[int]], first_ids: list[list[int] | None], end_id: int
-    ) -> dict[str, Any]:
-        """Arguments of `generate`, padded on the left. Raises ValueError for a prompt that is too
-        long."""
-        longest = max(map(len, rows))
-        if longest >= self.model_max_length:
-            raise ValueError(
-                f"the text is {longest} tokens, which leaves no room in the model's context of "
-                f"{self.model_max_length} tokens; shorten it"
-            )
-        padded = [[self.pad_token_id] * (longest - len(row)) + row for row in rows]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        rules = PromptRules(longest, first_ids, self.model_max_length, end_id)
-        return {
-            "input_ids": torch.tensor(padded),
-            "attention_mask": torch.tensor(mask),
-            "logits_processor": LogitsProcessorList([rules]),
-        }
 
     def _encoded(self, text: str) -> list[int]:
         if self._reverses_words:
@@ -398,7 +260,7 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return reverse_words(text) if self._reverses_words else text
 
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **_kwargs: Any) -> str:
-        ids = np.atleast_1d(_array(token_ids)).tolist()
+        ids = np.atleast_1d(as_array(token_ids)).tolist()
         return self._rendered(ids, names_controls=not skip_special_tokens)
 
     def _convert_token_to_id(self, token: str) -> int:
@@ -406,20 +268,6 @@ class MegabackTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
 
     def _convert_id_to_token(self, index: int) -> str:
         return self._pieces.spelling(index)
-
-
-def _texts(given: str | list[str]) -> list[str]:
-    """The given texts as a list. Raises TypeError for anything but one or several strings."""
-    texts = [given] if isinstance(given, str) else list(given)
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise TypeError("expected a string or a non-empty list of strings")
-    return texts
-
-
-def _array(token_ids: Any) -> Any:
-    if isinstance(token_ids, torch.Tensor):
-        token_ids = token_ids.detach().cpu()
-    return np.asarray(token_ids, dtype=np.int64)
 
 
 def _require_known(kwargs: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """The transformers export: which classes load it, trust in its code, and its card."""
 
 import ast
+import logging
 import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -72,12 +74,14 @@ def test_no_file_of_the_folder_has_a_name_that_stock_classes_look_for(hf: Path) 
 
 
 def test_the_tokenizer_imports_all_code_of_the_folder_and_the_card_lists_it(hf: Path) -> None:
-    """Only what it imports is saved with it, and is read before it is trusted."""
+    """Only what it imports is saved with it; transformers 4 does not follow imports of imports."""
     code = {path.name for path in hf.glob("*.py")}
-    loaded = transformers.dynamic_module_utils.get_relative_import_files(
-        hf / "tokenization_megaback.py"
-    )
-    assert code == {"tokenization_megaback.py", *(Path(path).name for path in loaded)}
+    utils = transformers.dynamic_module_utils
+    imported = utils.get_relative_imports(hf / "tokenization_megaback.py")
+    assert code == {"tokenization_megaback.py", *(f"{name}.py" for name in imported)}
+    pipeline = hf / "generation_megaback.py"
+    direct = {str(hf / f"{name}.py") for name in utils.get_relative_imports(pipeline)}
+    assert direct == {*utils.get_relative_import_files(pipeline)}
     card = (hf / "README.md").read_text()
     assert code == set(re.findall(r"`(\w+_megaback\.py)`", card))
 
@@ -182,3 +186,26 @@ def test_the_code_of_a_card_runs_as_printed_within_the_context(
         assert len(printed) > len(given)
         longest = max(longest, len(found.get("ids", ())))
     assert 2 < longest <= context_tokens
+
+
+def test_the_generation_config_is_valid_and_generation_warns_of_nothing(
+    tokenizer: Any, model: Any, hf: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = transformers.GenerationConfig.from_pretrained(hf)
+    config.validate(strict=True)
+    assert model.generation_config == config
+    suppressed = [tokenizer.convert_ids_to_tokens(i) for i in config.suppress_tokens]
+    assert {"<|startoftext|>", "<|im_start|>"} < {*suppressed}
+    assert not any(tokenizer._pieces.texts[i] for i in config.suppress_tokens)
+
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    plain = tokenizer(ENDING, return_tensors="pt")
+    for prompt in (tokenizer.prompt(ENDING), tokenizer.chat_prompt(ENDING), plain):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.generate(**prompt, max_new_tokens=2)
+    write = transformers.pipeline("megaback-reverse", model=str(hf), trust_remote_code=True)
+    write([ENDING], stop="x")
+    logger.removeHandler(caplog.handler)
+    assert caplog.messages == []

@@ -78,7 +78,13 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     ),
     "a chat template": (
         lambda _, t: t.apply_chat_template([{"role": "user", "content": "x"}], chat_template="x"),
-        "chat_prompt",
+        "chat_template is not supported",
+    ),
+    "the stock pipeline with a chat": (
+        lambda m, t: transformers.pipeline("text-generation", model=m, tokenizer=t)(
+            [{"role": "assistant", "content": "x"}]
+        ),
+        "trust_remote_code=True",
     ),
     "split words": (
         lambda _, t: t(["the", "end"], is_split_into_words=True),
