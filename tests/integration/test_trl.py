@@ -362,3 +362,30 @@ def test_rows_of_backtranslate_are_loaded_by_datasets_and_learned_by_trl(
     assert learned == LEARNED[case]
     trainer.train()
     assert trainer.state.log_history[-1]["train_loss"] > 0
+
+
+def test_grpo_learns_by_the_score_of_a_backward_model(
+    folder: Path, stock_tokenizer: Any, tmp_path: Path
+) -> None:
+    script = runpy.run_path(str(ROOT / "examples/grpo_reward.py"))
+    questions = ["Why?", "Who sold three horses?", "Name a planet."]
+    answers = ["So.", "word " * CONTEXT_TOKENS, "Mars"]
+    with megaback.load_scorer(folder / "hf") as scorer:
+        rewards = script["reward_of"](scorer)(
+            question=questions, completions=[[{"content": answer}] for answer in answers]
+        )
+        first, last = scorer.score(
+            [megaback.Pair("Why?", "So."), megaback.Pair(questions[2], "Mars")]
+        )
+    assert rewards == [pytest.approx(first.log_ratio), None, pytest.approx(last.log_ratio)]
+
+    stock_model(len(stock_tokenizer)).save_pretrained(tmp_path / "stock")
+    stock_tokenizer.save_pretrained(tmp_path / "stock")
+    (tmp_path / "rows.jsonl").write_bytes(b"".join(line_of({"question": q}) for q in questions))
+    paths = (str(one) for one in (tmp_path / "stock", folder / "hf", tmp_path / "rows.jsonl"))
+    trainer = script["train"](*paths, str(tmp_path / "out"), 1, samples=4, tokens=8, rate=1e-2)
+
+    logged = trainer.state.log_history[0]
+    assert logged["reward_std"] > 0
+    assert logged["grad_norm"] > 0
+    assert (tmp_path / "out/model.safetensors").is_file()
