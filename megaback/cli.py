@@ -74,6 +74,7 @@ _GROUPS: dict[str, tuple[str, _Commands]] = {
                 "data_pipeline.tokenizer.import_tokenizer",
                 "Add our markers to another model's tokenizer.json.",
             ),
+            "model": ("tools.import_model", "Import a checkpoint of transformers or DeepSpeed."),
             "shards": (
                 "data_pipeline.build.import_shards",
                 "Import token ids of nanoGPT, Megatron-LM, datatrove or MDS into shards.",

@@ -369,6 +369,7 @@ def _model(folder: Path, verify: bool) -> Artifact:
     codec = TextCodec.load_as(tokenizer_of(folder), description.text_format)
     description.text_format.require_same(codec.format, f"the model {folder}", "its tokenizer")
     shape, average, branch = description.shape, description.average, description.branch
+    imported = description.imported
     return Artifact(
         kind=kind,
         path=folder,
@@ -381,6 +382,7 @@ def _model(folder: Path, verify: bool) -> Artifact:
             "val_loss": None if stored.changed else description.val_loss,
             "average_of": None if average is None else [one.path for one in average.sources],
             "branch_from": None if branch is None else branch.shown,
+            "imported_from": None if imported is None else imported.shown,
             "changed": [f"{name} (by another program)" for name in stored.changed] or None,
         },
         checked=checked,

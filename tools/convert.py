@@ -42,6 +42,15 @@ def _num_bytes(_context: click.Context, _parameter: click.Parameter, text: str) 
     return int(num_bytes)
 
 
+max_shard_size_option = click.option(
+    "--max-shard-size",
+    callback=_num_bytes,
+    default="5GB",
+    show_default=True,
+    help="Maximum size of a weight file in safetensors.",
+)
+
+
 def convert(
     source_path: Path,
     out: Path,
@@ -170,13 +179,7 @@ def _average_of(
     "--direction", "Direction in which hf and gguf use a model of both. Default: backward."
 )
 @stored_dtype_option
-@click.option(
-    "--max-shard-size",
-    callback=_num_bytes,
-    default="5GB",
-    show_default=True,
-    help="Maximum size of a weight file (full and hf).",
-)
+@max_shard_size_option
 @click.option(
     "--average",
     "is_average",

@@ -133,7 +133,7 @@ class TensorFile:
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill the 1-D tensor `out` with elements from `start` on. Raises OSError."""
         entry = self.entries[name]
-        dtype = self._dtype(name)
+        dtype = self.dtype(name)
         is_direct = out.dtype is dtype and out.device.type == "cpu" and out.is_contiguous()
         part = out if is_direct else torch.empty(out.shape, dtype=dtype)
         data = memoryview(part.detach().view(torch.uint8).numpy().data)
@@ -151,11 +151,12 @@ class TensorFile:
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor. Raises KeyError if there is none, OSError, CheckpointCorruptError."""
-        tensor = torch.empty(self.entries[name].shape, dtype=self._dtype(name))
+        tensor = torch.empty(self.entries[name].shape, dtype=self.dtype(name))
         self.read(name, 0, tensor.view(-1))
         return tensor
 
-    def _dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str) -> torch.dtype:
+        """Data type of a tensor. Raises CheckpointCorruptError for an unsupported one."""
         dtype = self.entries[name].dtype
         if dtype not in _READ_DTYPES:
             raise CheckpointCorruptError(

@@ -68,6 +68,32 @@ class Branching:
         return branching
 
 
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Origin of weights that another program has trained."""
+
+    base: WeightsIdentity
+    kind: str
+    """Format of its files: `transformers`, or `DeepSpeed` with its kind of checkpoint."""
+    added_rows: int = 0
+    """Rows added to embeddings and lm_head for markers, each the mean of the others."""
+
+    @property
+    def shown(self) -> str:
+        """Path and format."""
+        return f"{self.base.path} ({self.kind})"
+
+    @classmethod
+    def of_field(cls, value: object) -> "Import | None":
+        """From a field of a config.json. Raises ValueError, TypeError."""
+        if value is None:
+            return None
+        imported = made_from(cls, value)
+        if imported.base.sha256 is not None:
+            require_sha256("sha256 of a base", imported.base.sha256)
+        return imported
+
+
 def description_of(path: Path) -> Path:
     """The file that describes a model folder, a checkpoint, or a run's newest checkpoint."""
     if (path / MODEL_CONFIG_NAME).is_file():

@@ -44,7 +44,7 @@ from megaback.model.gpt import ReverseGPT
 from megaback.planning.host_memory import host_memory_bytes
 from megaback.run_folder import MODEL_CONFIG_NAME, refuse_unreadable_model
 from megaback.weights.hf_config import from_stock, is_stock
-from megaback.weights.identity import Average, Branching
+from megaback.weights.identity import Average, Branching, Import
 from megaback.weights.weight_files import StoredWeights, read_sums, write_weights
 from megaback.weights.weight_names import require_exact, shapes_of
 
@@ -60,7 +60,7 @@ _FORMAT_NAME = "megaback-model"
 _FORMAT_VERSION = 3
 _HASHES_IN_CONFIG_VERSION = 2
 """Version of folders whose config.json has the hashes of their weights."""
-_MAX_CONFIG_BYTES = 1 << 22
+MAX_CONFIG_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,8 @@ class ModelDescription:
     """Origin of the weights, if they are the mean of others."""
     branch: Branching | None = None
     """Origin of the weights, or of the last ones of a mean, if they are a branch's."""
+    imported: Import | None = None
+    """Origin of the first weights, if another program has trained them."""
 
     def to_fields(self) -> dict[str, Any]:
         """Our fields of config.json."""
@@ -96,6 +98,7 @@ class ModelDescription:
             "on_examples": self.on_examples,
             **({} if self.average is None else {"average": asdict(self.average)}),
             **({} if self.branch is None else {"branch": asdict(self.branch)}),
+            **({} if self.imported is None else {"imported": asdict(self.imported)}),
         }
 
 
@@ -146,7 +149,7 @@ def _config_fields(folder: Path) -> dict[str, Any]:
             "`megaback convert` wrote"
         )
     try:
-        fields = read_json(path, _MAX_CONFIG_BYTES)
+        fields = read_json(path, MAX_CONFIG_BYTES)
         if not isinstance(fields, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as error:
@@ -220,6 +223,7 @@ def _read_description(folder: Path) -> ModelDescription:
             on_examples=bool(fields.get("on_examples", False)),  # missing in earlier versions
             average=Average.of_field(fields.get("average")),
             branch=Branching.of_field(fields.get("branch")),
+            imported=Import.of_field(fields.get("imported")),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise _no_description(path, error) from None

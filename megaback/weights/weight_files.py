@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from data_pipeline.common.atomic import write_text
@@ -154,6 +155,10 @@ class StoredWeights:
     def read(self, name: str) -> Tensor:
         """Read a tensor. Raises KeyError if there is none, and CheckpointCorruptError."""
         return self._files[name].tensor(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Data type of a tensor. Raises CheckpointCorruptError for one that cannot be read."""
+        return self._files[name].dtype(name)
 
     def verify(self, sums: Mapping[str, str], part: int = 0, parts: int = 1) -> None:
         """Verify the SHA-256 of files. A file that matches does not count as changed.

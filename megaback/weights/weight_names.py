@@ -4,14 +4,16 @@ Unexpected tensors are errors, as missing ones are: the config or the file is of
 Allowed are tensors that are derived from the config, the inverse frequencies of old Llamas.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from data_pipeline.errors import CheckpointCorruptError
 from megaback.config import ModelSection
 from megaback.model.rotary import frequencies
-from megaback.weights.weight_files import StoredWeights
 
 HEAD_NAME = "lm_head.weight"
 EMBEDDING_NAME = "model.embed_tokens.weight"
@@ -48,9 +50,17 @@ def shapes_of(shape: ModelSection, vocab_size: int) -> dict[str, tuple[int, ...]
     return shapes
 
 
-def require_exact(
-    folder: Path, stored: StoredWeights, shape: ModelSection, vocab_size: int
-) -> None:
+class NamedWeights(Protocol):
+    """Reader of tensors by name."""
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor."""
+
+
+def require_exact(folder: Path, stored: NamedWeights, shape: ModelSection, vocab_size: int) -> None:
     """Raise CheckpointCorruptError unless the weights are exactly those of a model.
 
     Names and shapes are compared first, from the files' headers. A head that is stored in addition
@@ -91,7 +101,7 @@ def require_exact(
 
 
 def _require_frequencies(
-    folder: Path, stored: StoredWeights, name: str, shape: ModelSection
+    folder: Path, stored: NamedWeights, name: str, shape: ModelSection
 ) -> None:
     """Raise CheckpointCorruptError unless they match the config's rope_theta to bf16 precision."""
     there, wanted = stored.read(name).float(), frequencies(shape, torch.device("cpu"))

@@ -9,7 +9,7 @@ import json
 
 from data_pipeline.text.codec import Direction, TextCodec, TextFormat, Unit
 from megaback.weights.model_folder import ModelDescription
-from tools.export.model_card import average_of, both_directions, branch_of, example_of
+from tools.export.model_card import average_of, both_directions, branch_of, example_of, import_of
 
 _PROBES = ["test", "You are a helpful assistant|Hello|Hi there|How are you?"]
 """Conversations that llama.cpp's servers render at startup, joined by `|`."""
@@ -56,7 +56,7 @@ def gguf_card(description: ModelDescription, codec: TextCodec, name: str) -> str
     serve = f"llama-server -m {name}/model.gguf --port 8080"
     head = f"# {name}\n{gguf_description(text_format)}\n\n"
     facts = both_directions(text_format, "gguf")
-    facts += average_of(description) + branch_of(description)
+    facts += average_of(description) + branch_of(description) + import_of(description)
     facts += (
         f"Direction: {text_format.direction.value}. Unit: {text_format.unit.value}. Context: "
         f"{description.context_tokens} tokens. Vocabulary: {description.vocab_size}.\n"

@@ -71,6 +71,25 @@ def branch_of(description: ModelDescription) -> str:
     )
 
 
+def import_of(description: ModelDescription) -> str:
+    """Paragraph of a card on the model of another program; empty for other weights."""
+    imported = description.imported
+    if imported is None:
+        return ""
+    return (
+        f"The weights come from a model of another program ({on_one_line(imported.kind)}), "
+        f"imported as {description.text_format.directions.value}:\n- {_shown(imported.base)}\n\n"
+        f"{_added(imported.added_rows)}If it was trained in another direction, they are a "
+        "starting point for\ntraining in this one.\n\n"
+    )
+
+
+def _added(rows: int) -> str:
+    if not rows:
+        return ""
+    return f"Rows of its embeddings added for markers, each the mean of the others: {rows}.\n"
+
+
 def _shown(weights: WeightsIdentity) -> str:
     data = "" if weights.data is None else f", data {_quoted(weights.data)}"
     return f"{_quoted(weights.path)}, step {weights.step}, SHA-256 `{weights.sha256}`{data}"
@@ -137,6 +156,7 @@ If it was fine-tuned on instructions,
 
 {_BACKWARD_USES if is_backward else _FORWARD_USES}
 {both_directions(text_format, "hf")}{average_of(description)}{branch_of(description)}\
+{import_of(description)}\
 Direction: {text_format.direction.value}. Unit: {text_format.unit.value}. Context:
 {description.context_tokens} tokens. Vocabulary: {description.vocab_size}. Trained for
 {description.step} steps{val_loss}. Tokenizer's SHA-256: `{text_format.tokenizer_sha256}`.
