@@ -53,7 +53,10 @@ HF_TOKENIZER_NAME = "megaback.spm"
 classes would load it as one that reads forward."""
 HF_TOKENIZER_JSON_NAME = "megaback.bpe.json"
 """The byte-level BPE tokenizer in a folder for transformers, named otherwise for that reason."""
-_HF_NAMES = (HF_TOKENIZER_NAME, HF_TOKENIZER_JSON_NAME)
+HF_TOKENIZER_NAMES = dict(
+    zip(TOKENIZER_NAMES, (HF_TOKENIZER_NAME, HF_TOKENIZER_JSON_NAME), strict=True)
+)
+"""Name in a folder for transformers, by that in other folders."""
 STOCK_SECTION = "megaback"
 _LOG = logging.getLogger("megaback.weights")
 _FORMAT_NAME = "megaback-model"
@@ -119,13 +122,13 @@ def write_model_folder(
 
 def tokenizer_of(folder: Path) -> Path:
     """Path of a model folder's tokenizer. Raises TokenizerError."""
-    for name in (*_HF_NAMES, *TOKENIZER_NAMES):
+    for name in (*HF_TOKENIZER_NAMES.values(), *TOKENIZER_NAMES):
         if (folder / name).is_file():
             return folder / name
+    others = " or ".join(HF_TOKENIZER_NAMES.values())
     raise TokenizerError(
-        f"the model {folder} has no tokenizer ({' or '.join(TOKENIZER_NAMES)}, or for "
-        f"transformers {' or '.join(_HF_NAMES)}); copy it from the folder that the model was made "
-        "from"
+        f"the model {folder} has no tokenizer ({' or '.join(TOKENIZER_NAMES)}, or for transformers "
+        f"{others}); copy it from the folder that the model was made from"
     )
 
 
@@ -250,7 +253,7 @@ def _describe_foreign(folder: Path) -> ModelDescription:
     """Description of another library's Llama or Qwen3 with a tokenizer that we can read."""
     fields = _config_fields(folder)
     shape = from_stock(fields, str(folder / MODEL_CONFIG_NAME))
-    if any((folder / name).is_file() for name in _HF_NAMES):
+    if any((folder / name).is_file() for name in HF_TOKENIZER_NAMES.values()):
         raise CheckpointCorruptError(
             f"{folder / MODEL_CONFIG_NAME} has lost its section {STOCK_SECTION!r}, without which "
             f"the model's direction is unknown; copy it from the {MODEL_CONFIG_NAME} of the folder "

@@ -63,7 +63,7 @@ def write_checkpoint(
         name = f"weights-{rank:05d}.safetensors"
         specs = {key: (torch.float32, part.shape) for key, part in runs.items()}
         files[name] = write_tensors(target / name, specs, runs.__getitem__)
-    (target / "tokenizer.model").write_bytes(codec.model_bytes)
+    (target / codec.file_name).write_bytes(codec.model_bytes)
     meta = CheckpointMeta(
         step=step,
         updates=step,

@@ -6,7 +6,7 @@ llama.cpp has no notion of direction: its callers reverse ids, or text by words,
 chat template and card explain (gguf_card.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.atomic import write_text
-from data_pipeline.errors import BackendError, RunMismatchError, StorageError, TokenizerError
+from data_pipeline.errors import BackendError, RunMismatchError, StorageError
 from data_pipeline.text.codec import TextCodec
-from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from megaback.checkpoints.safetensors_file import size_and_hash
 from megaback.config import ModelSection
 from megaback.model.rotary import frequency_divisors
@@ -28,6 +27,7 @@ from megaback.weights.source import WeightSource
 from megaback.weights.weight_files import write_sums
 from megaback.weights.weight_names import HEAD_NAME
 from tools.export.gguf_card import chat_template, gguf_card, gguf_description
+from tools.export.gguf_vocabulary import add_vocabulary
 
 _FREQUENCIES = "rope_freqs.weight"
 """llama.cpp's name for the divisors of scaled rotary frequencies."""
@@ -70,7 +70,6 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torc
             f"{shape.rope_scaling_factor:g}, which llama.cpp has for Llama only; export it with "
             "--to hf"
         )
-    require_sentencepiece(TextCodec.of(source.tokenizer, source.description.text_format), "gguf")
     types = gguf.GGMLQuantizationType
     path = folder / GGUF_NAME
     shapes, read = _with_frequencies(source)
@@ -119,15 +118,6 @@ def _with_frequencies(
         return divisors_R if name == _FREQUENCIES else source.read(name)
 
     return {_FREQUENCIES: tuple(divisors_R.shape), **source.shapes}, read
-
-
-def require_sentencepiece(codec: TextCodec, form: str) -> None:
-    """Raises TokenizerError for a tokenizer.json, which this form of an export cannot hold."""
-    if codec.file_name != TOKENIZER_NAME:
-        raise TokenizerError(
-            f"--to {form} does not support a byte-level BPE tokenizer ({codec.file_name}); "
-            "use --to full"
-        )
 
 
 def gguf_name_of(name: str) -> str:
@@ -181,13 +171,8 @@ def _add_metadata(writer: Any, name: str, source: WeightSource, dtype: torch.dty
     writer.add_vocab_size(description.vocab_size)
     kinds = gguf.LlamaFileType
     writer.add_file_type(kinds.MOSTLY_BF16 if dtype == torch.bfloat16 else kinds.ALL_F32)
-    pieces = list(_pieces(source.tokenizer))
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([piece for piece, _, _ in pieces])
-    writer.add_token_scores([score for _, score, _ in pieces])
-    writer.add_token_types([kind for _, _, kind in pieces])
     codec = TextCodec.of(source.tokenizer, text_format)
+    add_vocabulary(writer, codec)
     writer.add_bos_token_id(codec.begin_id)
     writer.add_eos_token_id(codec.end_id)
     writer.add_eot_token_id(codec.chat_ids["<|im_end|>"])
@@ -195,21 +180,3 @@ def _add_metadata(writer: Any, name: str, source: WeightSource, dtype: torch.dty
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     writer.add_remove_extra_whitespaces(False)
-
-
-def _pieces(tokenizer: bytes) -> Iterator[tuple[bytes, float, int]]:
-    """Spelling, score and kind of each piece."""
-    from gguf import TokenType
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_proto=tokenizer)
-    for piece_id in range(processor.vocab_size()):
-        kind = TokenType.NORMAL
-        if processor.is_unknown(piece_id):
-            kind = TokenType.UNKNOWN
-        elif processor.is_control(piece_id):
-            kind = TokenType.CONTROL
-        elif processor.is_byte(piece_id):
-            kind = TokenType.BYTE
-        spelling = processor.id_to_piece(piece_id).encode()
-        yield spelling, processor.get_score(piece_id), int(kind)

@@ -13,12 +13,12 @@ import torch
 
 from data_pipeline.common.atomic import replacing, write_text
 from data_pipeline.text.codec import Direction, TextCodec
+from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from megaback.run_folder import HF_TOKENIZER_CONFIG_NAME, MODEL_CONFIG_NAME
 from megaback.weights.hf_config import to_stock
-from megaback.weights.model_folder import HF_TOKENIZER_NAME, STOCK_SECTION, ModelDescription
+from megaback.weights.model_folder import HF_TOKENIZER_NAMES, STOCK_SECTION, ModelDescription
 from megaback.weights.source import WeightSource
 from megaback.weights.weight_files import write_weights
-from tools.export.gguf import require_sentencepiece
 from tools.export.model_card import REMOTE_CODE, model_card
 
 _TOKENIZER_CLASS = "MegabackTokenizer"
@@ -40,13 +40,15 @@ def write_hf_folder(
     description = source.description
     text_format = description.text_format
     codec = TextCodec.of(source.tokenizer, text_format)
-    require_sentencepiece(codec, "hf")
     write_weights(folder, source.specs(dtype), source.read, max_file_bytes)
-    with replacing(folder / HF_TOKENIZER_NAME) as file:
+    with replacing(folder / HF_TOKENIZER_NAMES[codec.file_name]) as file:
         file.write(source.tokenizer)
     _write_json(folder / "tokenizer.json", _refusal(codec))
     for code in REMOTE_CODE:
-        write_text(folder / code.name, code.read_text(encoding="utf-8"))
+        of_bpe = code.with_name(f"bpe_{code.name}")
+        is_other = codec.file_name != TOKENIZER_NAME and of_bpe.is_file()
+        source_file = of_bpe if is_other else code
+        write_text(folder / code.name, source_file.read_text(encoding="utf-8"))
     _write_json(folder / HF_TOKENIZER_CONFIG_NAME, _tokenizer_config(codec, description))
     _write_json(folder / "generation_config.json", _generation_config(codec, description))
     write_text(folder / "README.md", model_card(description, codec, name))

@@ -10,9 +10,10 @@ from megaback.weights.model_folder import ModelDescription
 REMOTE_CODE = sorted(
     path
     for path in Path(__file__).with_name("remote_code").glob("*.py")
-    if path.name != "__init__.py"
+    if not path.name.startswith(("__", "bpe_"))
 )
-"""Files of code in an export, which run with `trust_remote_code=True`."""
+"""Files of code in an export, which run with `trust_remote_code=True`. With byte-level BPE, a file
+takes the place of the one whose name it has after `bpe_`."""
 COMMIT = "COMMIT"
 """Placeholder: the commit of an upload is unknown at export. No branch has this name, so loading
 from a hub fails, and runs no unreviewed code, until it is replaced."""

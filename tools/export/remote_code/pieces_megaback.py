@@ -11,6 +11,8 @@ import sentencepiece
 
 BEGIN_PIECE = "<|startoftext|>"
 END_PIECE = "<|endoftext|>"
+# Not *.model: stock classes would load a file of that name, and read forward.
+VOCABULARY_NAME = "megaback.spm"
 _SPACE_SYMBOL = "\u2581"
 # Characters that SentencePiece does not round-trip are encoded as byte pieces.
 _SPELLED_IN_BYTES = re.compile(f"([{_SPACE_SYMBOL}\ud800-\udfff]+)")

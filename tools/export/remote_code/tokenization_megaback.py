@@ -2,7 +2,7 @@
 
 `megaback convert --to hf` puts this file, and those that it imports from beside it, into the folder
 that it writes, and `AutoTokenizer` loads them from there (`trust_remote_code=True`). They need
-transformers and sentencepiece, not megaback.
+transformers and the library of the vocabulary (sentencepiece or tokenizers), not megaback.
 `tokenizer(text)` gives ids in the order in which the model reads them, after the begin marker;
 `tokenizer.decode(ids)` gives the text in the order in which a person does. No text becomes a
 control id, whatever it spells. Sides of padding and truncation are those of ids: with a backward
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizer
 from .chat_megaback import ChatFormat  # noqa: F401
 from .generation_megaback import PromptRules  # noqa: F401
 from .new_text_megaback import reverse_words
-from .pieces_megaback import BEGIN_PIECE, END_PIECE, Pieces
+from .pieces_megaback import BEGIN_PIECE, END_PIECE, VOCABULARY_NAME, Pieces
 from .prompts_megaback import PromptMethods, as_array
 from .streaming_megaback import MegabackStreamer  # noqa: F401
 
@@ -57,8 +57,7 @@ _TEXT_TRAINERS = {
 class MegabackTokenizer(PromptMethods, PreTrainedTokenizer):  # type: ignore[misc]
     """Tokenizer that encodes and decodes in the model's direction."""
 
-    # Not *.model: stock classes would load a file of that name, and read forward.
-    vocab_files_names = {"vocab_file": "megaback.spm"}
+    vocab_files_names = {"vocab_file": VOCABULARY_NAME}
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(
@@ -172,7 +171,7 @@ class MegabackTokenizer(PromptMethods, PreTrainedTokenizer):  # type: ignore[mis
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
     ) -> tuple[str, ...]:
-        """Copy the SentencePiece model, and the file that keeps stock classes from reading it."""
+        """Copy the vocabulary, and the file that keeps stock classes from reading it."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         source = Path(self.vocab_file)
         target = Path(save_directory) / f"{prefix}{self.vocab_files_names['vocab_file']}"
@@ -211,8 +210,8 @@ class MegabackTokenizer(PromptMethods, PreTrainedTokenizer):  # type: ignore[mis
         for token in map(str, tokens):
             if token and token not in known:
                 raise ValueError(
-                    f"this tokenizer cannot add {token!r}: its vocabulary is that of its "
-                    "SentencePiece model, and no text becomes a marker; pad with its pad_token"
+                    f"this tokenizer cannot add {token!r}: its vocabulary is fixed, "
+                    "and no text becomes a marker; pad with its pad_token"
                 )
 
     def _encode_plus(self, *args: Any, **kwargs: Any) -> Any:
