@@ -113,6 +113,7 @@ def serve() -> None:
     from megaback.distributed.world import end_rank, start_world
     from megaback.faults.stop_request import StopRequest
     from megaback.faults.watchdog import Watchdog
+    from megaback.model.lora import require_peft
     from megaback.train import train_run
 
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -130,6 +131,8 @@ def serve() -> None:
     for line in sys.stdin:
         path, overrides = json.loads(line)
         config = load_config(Path(path), tuple(overrides))
+        if config.finetune.adapters is not None:
+            require_peft()
         gc.collect()
         libc.malloc_trim(0)
         before_saving.clear()

@@ -92,7 +92,9 @@ def _row(
 
 def _mfu(one: Candidate, config: Config, facts: RunFacts, cluster: Cluster) -> float:
     tokens = config.batch.global_batch_rows * config.batch.context_tokens
-    flops = tokens * flops_per_token(config.model, facts.vocab_size, facts.attended_tokens)
+    flops = tokens * flops_per_token(
+        config.model, facts.vocab_size, facts.attended_tokens, config.finetune.adapters
+    )
     peak = peak_flops(config, cluster.device)
     assert peak is not None
     return flops / (cluster.ranks * peak * one.time.total_s)

@@ -6,9 +6,10 @@ model's). Loads no torch.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 from megaback.config import ModelSection
+from megaback.config_finetune import MATRIX_MODULES, LoraSection
 
 Arithmetic = Literal["fp32", "bf16", "autocast"]
 """autocast: fp32 weights, matrix products in bf16 (bf16 at ZeRO stage 0)."""
@@ -36,11 +37,12 @@ def activations_of(
     checkpointing: str,
     attention: Attention,
     sequence_parallel: int = 1,
+    lora: LoraSection | None = None,
 ) -> Activations:
     """Activation memory per token of a rank. `checkpointing`, `sequence_parallel`: as in the
     config."""
-    whole = _block(shape, arithmetic, "none", attention, sequence_parallel)
-    kept = _block(shape, arithmetic, checkpointing, attention, sequence_parallel)
+    whole = _block(shape, arithmetic, "none", attention, sequence_parallel, lora)
+    kept = _block(shape, arithmetic, checkpointing, attention, sequence_parallel, lora)
     size = 4 if arithmetic == "fp32" else 2
     stream = _FP32 if arithmetic == "autocast" else size
     recomputed = checkpointing == "selective"
@@ -60,7 +62,9 @@ def activations_of(
     head_gradient = size * shape.width
     return Activations(
         block=kept,
-        rest=_norm(shape.width, arithmetic, recomputed=recomputed) + head_gradient + throughout,
+        rest=_norm(shape.width, arithmetic, recomputed=recomputed, is_frozen=lora is not None)
+        + head_gradient
+        + throughout,
         norm_work=norm_work + throughout,
         block_work=work + stream * shape.width + throughout,
     )
@@ -99,23 +103,30 @@ def loss_memory(
     )
 
 
-def _norm(width: int, arithmetic: Arithmetic, *, recomputed: bool) -> float:
+def _norm(
+    width: int, arithmetic: Arithmetic, *, recomputed: bool, is_frozen: bool = False
+) -> float:
     """Bytes of an RMSNorm over `width` dimensions: input in fp32, divisor and quotient.
 
-    If recomputed, the input in its own precision. (In fp32 both are the same tensor.)
+    If recomputed, the input in its own precision. (In fp32 both are the same tensor.) The quotient
+    is for the gradient of the weight.
     """
     kept = 2 if arithmetic == "bf16" else _FP32
+    quotient = 0 if is_frozen else kept
     if recomputed:
-        return (kept + kept) * width
-    return (_FP32 + kept) * width + _FP32
+        return (kept + quotient) * width
+    return (_FP32 + quotient) * width + _FP32
 
 
-def _head_norm(width: int, heads: int, arithmetic: Arithmetic, *, recomputed: bool) -> float:
+def _head_norm(
+    width: int, heads: int, arithmetic: Arithmetic, *, recomputed: bool, is_frozen: bool
+) -> float:
     """Bytes of the norms of query or key heads, whose input is bf16 in autocast."""
     size = 4 if arithmetic == "fp32" else 2
+    quotient = 0 if is_frozen else size
     if recomputed:
-        return 2 * size * width
-    return (_FP32 + size) * width + _FP32 * heads
+        return (size + quotient) * width
+    return (_FP32 + quotient) * width + _FP32 * heads
 
 
 def _block(
@@ -124,6 +135,7 @@ def _block(
     checkpointing: str,
     attention: Attention,
     sequence_parallel: int,
+    lora: LoraSection | None,
 ) -> float:
     """Bytes per token that a block saves."""
     size = 4 if arithmetic == "fp32" else 2
@@ -132,26 +144,36 @@ def _block(
     if checkpointing == "block":
         return (_FP32 if arithmetic == "autocast" else size) * width
     recomputed = checkpointing == "selective"
-    # Autocast copies the input once per matrix.
-    copies = (3, 2) if arithmetic == "autocast" else (1, 1)
-    norms = 2 * _norm(width, arithmetic, recomputed=recomputed)
+    # The input of a matrix is saved for its gradient, or that of LoRA's first factor.
+    trained = MATRIX_MODULES if lora is None else lora.target_modules
+    copies = [len({*trained} & {*names}) for names in (MATRIX_MODULES[:3], MATRIX_MODULES[4:6])]
+    if arithmetic != "autocast":  # which copies it once per matrix
+        copies = [min(count, 1) for count in copies]
+    of_norms: _OfNorms = {"recomputed": recomputed, "is_frozen": lora is not None}
+    norms = 2 * _norm(width, arithmetic, **of_norms)
     inputs = sum(copies) * size * width
     heads = 0.0
     if shape.qk_norm:
-        heads += _head_norm(query_width, shape.num_heads, arithmetic, recomputed=recomputed)
-        heads += _head_norm(kv_width, shape.kv_heads, arithmetic, recomputed=recomputed)
+        heads += _head_norm(query_width, shape.num_heads, arithmetic, **of_norms)
+        heads += _head_norm(kv_width, shape.kv_heads, arithmetic, **of_norms)
     if recomputed:  # inputs of the rotary embedding; fp32 after a norm in autocast
         turned = _FP32 if arithmetic == "autocast" and shape.qk_norm else size
         heads += turned * (query_width + kv_width)
     # sdpa repeats keys and values for the query heads that share them, and its result is copied
     # into token order.
     if attention == "sdpa":
-        attended = size * 5 * query_width
+        attended = size * (5 if "o_proj" in trained else 4) * query_width
     else:
         # Ranks that share a key head have copies, and get the result as another tensor.
         repeats = max(sequence_parallel // shape.kv_heads, 1)
         results = 2 if sequence_parallel > 1 else 1
         attended = size * ((1 + results) * query_width + 2 * repeats * kv_width)
     attended += _FP32 * shape.num_heads
-    mlp = size * mlp_width * (3 if recomputed else 4)
-    return norms + inputs + heads + attended + mlp
+    mlp = size * mlp_width * ((2 if recomputed else 3) + ("down_proj" in trained))
+    between = 0 if lora is None else size * (lora.rank or 0) * len(trained)
+    return norms + inputs + heads + attended + mlp + between
+
+
+class _OfNorms(TypedDict):
+    recomputed: bool
+    is_frozen: bool

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megaback.config import ModelSection
+from megaback.config_finetune import LoraSection
+from megaback.planning.adapters import num_trained
 
 _NEWTON_SCHULZ_STEPS = 5
 
@@ -24,13 +26,27 @@ class ModelSize:
     matrices: int
     """The matrices of all blocks, which Muon updates."""
     norms: int
+    adapters: int = 0
+    """LoRA's factors, of which alone there are gradients and optimizer state."""
 
     @property
     def total(self) -> int:
-        return self.embedding + self.head + self.matrices + self.norms
+        return self.embedding + self.head + self.matrices + self.norms + self.adapters
+
+    @property
+    def trained(self) -> int:
+        """Parameters with gradients and optimizer state."""
+        return self.adapters or self.total
+
+    @property
+    def head_gradient(self) -> int:
+        """Elements of the gradient of the head's weight."""
+        return 0 if self.adapters else self.head or self.embedding
 
     @classmethod
-    def of(cls, shape: ModelSection, vocab_size: int) -> "ModelSize":
+    def of(
+        cls, shape: ModelSection, vocab_size: int, lora: LoraSection | None = None
+    ) -> "ModelSize":
         width = shape.width
         attention = 2 * width * shape.query_width + 2 * width * shape.kv_width
         mlp = 3 * width * shape.hidden_mlp_width
@@ -40,14 +56,24 @@ class ModelSize:
             head=0 if shape.tie_embeddings else vocab_size * width,
             matrices=shape.num_layers * (attention + mlp),
             norms=shape.num_layers * norms_per_block + width,
+            adapters=0 if lora is None else num_trained(shape, lora),
         )
 
 
-def flops_per_token(shape: ModelSection, vocab_size: int, attended_tokens: float) -> float:
-    """FLOPs of a training step per token, with a mean of `attended_tokens` attended tokens."""
-    multiplying = ModelSize.of(shape, vocab_size).matrices + vocab_size * shape.width
+def flops_per_token(
+    shape: ModelSection,
+    vocab_size: int,
+    attended_tokens: float,
+    lora: LoraSection | None = None,
+) -> float:
+    """FLOPs of a training step per token, with a mean of `attended_tokens` attended tokens.
+
+    Frozen weights have no gradients of their own: 4 per weight, with 6 per weight of LoRA's.
+    """
+    size = ModelSize.of(shape, vocab_size, lora)
+    multiplying = size.matrices + vocab_size * shape.width
     attention = 12 * shape.num_layers * shape.query_width * attended_tokens
-    return 6.0 * multiplying + attention
+    return (4.0 if lora else 6.0) * multiplying + 6.0 * size.adapters + attention
 
 
 def orthogonalization_flops(matrices: Iterable[tuple[int, int]]) -> float:

@@ -10,14 +10,25 @@ from math import ceil
 import numpy as np
 
 from megaback.config import ModelSection
+from megaback.config_finetune import LoraSection
+from megaback.planning.adapters import adapter_shapes
 from megaback.planning.flops import ModelSize
 from megaback.planning.matrix_shares import matrices_of
 
 
 def kept_elements(
-    shape: ModelSection, vocab_size: int, optimizer: str, ranks: int, rank: int | None
+    shape: ModelSection,
+    vocab_size: int,
+    optimizer: str,
+    ranks: int,
+    rank: int | None,
+    lora: LoraSection | None = None,
 ) -> int:
     """Elements of the gradients that a rank keeps, by default of the one that keeps most."""
+    if lora is not None:
+        factors = tuple(rows * columns for rows, columns in adapter_shapes(shape, lora).values())
+        kept = _kept((factors,), ranks)
+        return int(kept.max() if rank is None else kept[rank])
     size = ModelSize.of(shape, vocab_size)
     matrices = tuple(rows * columns for rows, columns in matrices_of(shape))
     outer = (size.embedding, *((size.head,) if size.head else ()))

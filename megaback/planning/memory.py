@@ -10,12 +10,14 @@ the rank's own.
 from dataclasses import dataclass, replace
 
 from megaback.config import ModelSection
+from megaback.config_finetune import LoraSection
 from megaback.planning.activation_memory import (
     Arithmetic,
     Attention,
     activations_of,
     loss_memory,
 )
+from megaback.planning.adapters import adapter_shapes
 from megaback.planning.flops import ModelSize
 from megaback.planning.gradient_buffer import kept_elements
 from megaback.planning.gradient_memory import GradientMemory, GradientSetting, gradient_memory
@@ -75,6 +77,7 @@ class Setting:
     is_hierarchical: bool = False
     """Whether sharding is by node."""
     sequence_parallel: int = 1
+    lora: LoraSection | None = None
     rank: int | None = None
     """None: the rank that uses most."""
 
@@ -88,6 +91,10 @@ class Setting:
     def shard_rank(self) -> int | None:
         """Rank among these; None: the rank that uses most."""
         return None if self.rank is None else self.rank % self.shard_ranks
+
+    @property
+    def size(self) -> ModelSize:
+        return ModelSize.of(self.shape, self.vocab_size, self.lora)
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -116,10 +123,15 @@ class Setting:
             ranks=self.shard_ranks,
         )
         kept = kept_elements(
-            self.shape, self.vocab_size, self.optimizer, self.shard_ranks, self.shard_rank
+            self.shape,
+            self.vocab_size,
+            self.optimizer,
+            self.shard_ranks,
+            self.shard_rank,
+            self.lora,
         )
-        matrix = _largest_matrix(self.shape)
-        return gradient_memory(setting, size.total, kept, bucket_elements(size.total), matrix)
+        matrix, bucket = _largest_trained_matrix(self), bucket_elements(size.trained)
+        return gradient_memory(setting, size.trained, kept, bucket, matrix)
 
 
 @dataclass(frozen=True)
@@ -163,7 +175,7 @@ class RankMemory:
 
 def rank_memory(setting: Setting) -> RankMemory:
     """Memory of a rank, by default of the one that uses most."""
-    size = ModelSize.of(setting.shape, setting.vocab_size)
+    size = setting.size
     moments = {**_step_moments(setting, size), "update": _update(setting, size)}
     copy = _checkpoint_bytes(size, setting.optimizer) / setting.ranks
     start = _start(setting, size)
@@ -187,18 +199,23 @@ def rank_memory(setting: Setting) -> RankMemory:
     )
 
 
-def checkpoint_bytes(shape: ModelSection, vocab_size: int, optimizer: str) -> float:
-    """Size of a checkpoint on disk: fp32 weights and optimizer state."""
-    return _checkpoint_bytes(ModelSize.of(shape, vocab_size), optimizer)
+def checkpoint_bytes(
+    shape: ModelSection, vocab_size: int, optimizer: str, lora: LoraSection | None = None
+) -> float:
+    """Size of a checkpoint on disk: fp32 weights and optimizer state.
+
+    Without frozen weights, of which all checkpoints have one file.
+    """
+    return _checkpoint_bytes(ModelSize.of(shape, vocab_size, lora), optimizer)
 
 
 def _checkpoint_bytes(size: ModelSize, optimizer: str) -> float:
-    return 4 * size.total + _state_bytes(size, optimizer)
+    return 4 * size.trained + _state_bytes(size, optimizer)
 
 
 def _state_bytes(size: ModelSize, optimizer: str) -> float:
     """Two moments per weight, or one momentum for the matrices that Muon updates."""
-    return 8 * size.total - (4 * size.matrices if optimizer == "muon" else 0)
+    return 8 * size.trained - (4 * size.matrices if optimizer == "muon" else 0)
 
 
 def _with_reserve(parts: Parts) -> Parts:
@@ -213,7 +230,7 @@ def _offloaded(setting: Setting, size: ModelSize) -> float:
     """Host memory of a rank: optimizer state, fp32 weights and gradients, and weights to send."""
     if not _is_offloaded(setting):
         return 0.0
-    states = 4 * size.total + _state_bytes(size, setting.optimizer) + 4 * size.total
+    states = 4 * size.trained + _state_bytes(size, setting.optimizer) + 4 * size.trained
     if setting.stage < 3 or setting.offload == "parameters":
         states += setting.weight_bytes * size.total
     return states / setting.ranks
@@ -226,13 +243,13 @@ def _resident(setting: Setting, size: ModelSize) -> Parts:
     optimizer = _state_bytes(size, setting.optimizer)
     gradients = buckets = 0.0
     if setting.arithmetic == "autocast":  # bf16 copies of the matrices, which stay allocated
-        weights += 2 * size.matrices
+        weights += 2 * (size.matrices + size.adapters)
     if stage:
-        optimizer = (optimizer + 4 * total) / ranks
+        optimizer = (optimizer + 4 * size.trained) / ranks
     if stage == 3:
         weights /= ranks
-        gradients = setting.accumulator_bytes * total / ranks
-        buckets = setting.accumulator_bytes * bucket_elements(total)
+        gradients = setting.accumulator_bytes * size.trained / ranks
+        buckets = setting.accumulator_bytes * bucket_elements(size.trained)
     if _is_offloaded(setting):
         optimizer = 0.0
         gradients = 0.0 if stage == 3 else gradients
@@ -259,7 +276,7 @@ def _start(setting: Setting, size: ModelSize) -> Parts:
         # ZeRO copies each group of parameters into a flat tensor.
         is_muon = setting.optimizer == "muon"
         rest = size.total - size.matrices
-        work = 4.0 * (max(size.matrices, rest) if is_muon else size.total)
+        work = max(work, 4.0 * (max(size.matrices, rest) if is_muon else size.trained))
     return Parts(weights=weights, update=work)
 
 
@@ -273,6 +290,14 @@ def _largest_matrix(shape: ModelSection) -> int:
     return max(rows * columns for rows, columns in matrices_of(shape))
 
 
+def _largest_trained_matrix(setting: Setting) -> int:
+    """Elements of the largest matrix that has a gradient, or of LoRA's largest factor."""
+    if setting.lora is None:
+        return _largest_matrix(setting.shape)
+    factors = adapter_shapes(setting.shape, setting.lora).values()
+    return max(rows * columns for rows, columns in factors)
+
+
 def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
     """Peaks of the forward and backward pass of a step's last micro-batch."""
     total, ranks, stage = size.total, setting.ranks, setting.stage
@@ -283,6 +308,7 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
         setting.checkpointing,
         setting.attention,
         setting.sequence_parallel,
+        setting.lora,
     )
     loss = loss_memory(
         setting.shape,
@@ -297,22 +323,23 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
         weights += setting.weight_bytes * min(total, _GATHERED_ELEMENTS)
     working = replace(resident, weights=weights)
     held = setting.gradients(size)
-    head = 0.0 if stage >= 2 else setting.accumulator_bytes * (size.head or size.embedding)
+    head = 0.0 if stage >= 2 else setting.accumulator_bytes * size.head_gradient
     first = max(held.earlier, head)
     if stage == 2 and not setting.reduces_once:
         # The buffer of a rank's gradients is allocated for the first one. On a CPU, its memory is
         # used as it is filled: by the head and a bucket here. fp32 gradients begin as zeros.
-        filled = setting.weight_bytes * (bucket_elements(total) + (size.head or size.embedding))
+        filled = setting.weight_bytes * (bucket_elements(size.trained) + size.head_gradient)
         is_filled = setting.is_cpu and not setting.has_fp32_accumulators
         first = held.earlier + min(held.last - held.earlier, filled if is_filled else held.last)
     # A matrix's gradient, before it is copied into the bucket. (At stage 1, the bucket's gradients
     # are among all gradients at the end.)
-    matrix = _largest_matrix(setting.shape)
+    matrix = _largest_trained_matrix(setting)
     is_copied = stage == 1 or (stage == 2 and not setting.reduces_once)
     copied = float(setting.weight_bytes * matrix) if is_copied else 0.0
     copied_last = copied if stage == 2 else 0.0
     # Gradients of untied embeddings follow those of the last block.
-    embedding = (held.last - held.earlier) * size.embedding / total if size.head else 0.0
+    share = size.embedding / total if size.head and not size.adapters else 0.0
+    embedding = (held.last - held.earlier) * share
 
     def moment(blocks: int, gradients: float, buckets: float, work: float) -> Parts:
         return replace(
@@ -322,10 +349,11 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
             activations=tokens * (blocks * kept.block + work),
         )
 
-    reduced = 4.0 * min(total, WHOLE_REDUCED_ELEMENTS) if stage == 0 and ranks > 1 else 0.0
+    reduced = 4.0 * min(size.trained, WHOLE_REDUCED_ELEMENTS) if stage == 0 and ranks > 1 else 0.0
+    weight_gradient = loss.weight_gradient if size.head_gradient else 0.0
     return {
         "loss": replace(
-            moment(layers, held.earlier + loss.weight_gradient, 0, kept.rest + loss.hidden),
+            moment(layers, held.earlier + weight_gradient, 0, kept.rest + loss.hidden),
             logits=loss.chunk,
         ),
         "final norm": moment(layers, first, held.bucket, kept.norm_work),
@@ -351,16 +379,19 @@ def _update(setting: Setting, size: ModelSize) -> Parts:
     rest = size.total - size.matrices
     if stage == 0:
         work = _whole_work(setting, size) if is_muon else 0.0
-        return replace(resident, gradients=4.0 * size.total, update=work)
+        return replace(resident, gradients=4.0 * size.trained, update=work)
     if _is_offloaded(setting):  # matrices are orthogonalized on the device
         work = _muon_work(setting) if is_muon else 0.0
         return replace(resident, gradients=resident.gradients + held.averaged, update=work)
-    group = (max(size.matrices, rest) if is_muon else size.total) / ranks
+    group = (max(size.matrices, rest) if is_muon else size.trained) / ranks
     if stage == 3:
         group = min(group, GROUP_ELEMENTS)
     flat = held.update_bytes * group
     # Before, the norm is computed in fp64, of one parameter's part at a time.
-    norm = 0.0 if stage == 3 else 8.0 * min(group, _largest_parameter(setting, size))
+    largest = _largest_trained_matrix(setting)
+    if not size.adapters:
+        largest = max(largest, size.embedding)
+    norm = 0.0 if stage == 3 else 8.0 * min(group, largest)
     plain = replace(resident, gradients=resident.gradients + held.averaged, update=max(flat, norm))
     if not is_muon:
         return plain

@@ -14,6 +14,7 @@ once per step; stage 3 gathers weights from all ranks once per step, and within 
 from dataclasses import dataclass, replace
 
 from megaback.config import ModelSection
+from megaback.config_finetune import LoraSection
 from megaback.planning.devices import Device
 from megaback.planning.flops import ModelSize
 from megaback.planning.matrix_shares import matrix_share, matrix_shares
@@ -141,15 +142,16 @@ def step_traffic(
     reduction: str = "all_reduce",
     rank: int | None = None,
     shard_ranks: int | None = None,
+    lora: LoraSection | None = None,
 ) -> Traffic:
     """Traffic of one rank per step, by default of the one that sends most.
 
     `shard_ranks`: ranks of a node, if they shard hierarchically; all ranks by default.
     """
-    size = ModelSize.of(shape, vocab_size)
+    size = ModelSize.of(shape, vocab_size, lora)
     low = 2 if precision == "bf16" and stage else 4
     if stage == 0:
-        return Traffic(2 * low * size.total * _others(ranks), 0.0, 0.0, "all-reduce")
+        return Traffic(2 * low * size.trained * _others(ranks), 0.0, 0.0, "all-reduce")
     node = min(shard_ranks or ranks, ranks)
     high = 4 if has_fp32_accumulators else low
     reductions = accumulation_steps if stage > 1 and not reduces_once else 1
@@ -166,18 +168,18 @@ def step_traffic(
     if stage == 3:
         passes = 1 if size.total <= _KEPT_ELEMENTS else 2
         gathers = passes * accumulation_steps
-        gradients = reductions * high * size.total * _others(ranks)
+        gradients = reductions * high * size.trained * _others(ranks)
         gathered, copied, kind = low * size.total * _others(ranks), None, "reduce-scatter"
         if node < ranks:
             copied = Traffic(0.0, (gathers - 1) * low * size.total * _others(node), 0.0, kind)
         weights = gathers * gathered if copied is None else gathered + copied.weight_bytes
         return Traffic(gradients, weights, exchanged(ranks), kind, passes, copied)
     times, kind = (1, "reduce") if reduction == "reduce" else (2, "all-reduce")
-    gradients = times * reductions * high * size.total * _others(node)
-    inside = Traffic(gradients, low * size.total * _others(node), exchanged(node), kind)
+    gradients = times * reductions * high * size.trained * _others(node)
+    inside = Traffic(gradients, low * size.trained * _others(node), exchanged(node), kind)
     if node == ranks:
         return inside
-    gradients += 2 * high * size.total / node * _others(ranks // node)
+    gradients += 2 * high * size.trained / node * _others(ranks // node)
     return replace(inside, gradient_bytes=gradients, node=inside)
 
 

@@ -90,7 +90,8 @@ def plan_run(
     is that of the time by part, or at an MFU if one is given or there are no parts.
     """
     micro_rows, accumulation = split_batch(config.batch, cluster.ranks)
-    flops = flops_per_token(config.model, facts.vocab_size, facts.attended_tokens)
+    lora = config.finetune.adapters
+    flops = flops_per_token(config.model, facts.vocab_size, facts.attended_tokens, lora)
     step_tokens = config.batch.global_batch_rows * config.batch.context_tokens
     steps = None if facts.total_tokens is None else ceil(facts.total_tokens / step_tokens)
     parts = time_of(config, facts, cluster, rank)
@@ -106,7 +107,7 @@ def plan_run(
         duration = Duration(step_s, mfu, days, hours)
     traffic = traffic_of(config, facts, cluster, rank)
     return RunPlan(
-        size=ModelSize.of(config.model, facts.vocab_size),
+        size=ModelSize.of(config.model, facts.vocab_size, lora),
         flops_per_token=flops,
         micro_batch_rows=micro_rows,
         accumulation_steps=accumulation,
@@ -125,7 +126,9 @@ def plan_run(
         ).total_s,
         parts=parts,
         duration=duration,
-        checkpoint_bytes=checkpoint_bytes(config.model, facts.vocab_size, config.optimizer.name),
+        checkpoint_bytes=checkpoint_bytes(
+            config.model, facts.vocab_size, config.optimizer.name, lora
+        ),
         checkpoints_kept=None if steps is None else _checkpoints_kept(config, steps),
     )
 

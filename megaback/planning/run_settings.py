@@ -90,6 +90,7 @@ def setting_of(
         overlaps=config.zero.overlaps_communication,
         is_hierarchical=config.zero.hierarchical,
         sequence_parallel=config.batch.sequence_parallel,
+        lora=config.finetune.adapters,
     )
 
 
@@ -111,6 +112,7 @@ def traffic_of(
         reduces_once=config.reduces_once(accumulation),
         reduction=config.zero.reduction,
         shard_ranks=cluster.devices_per_node if config.zero.hierarchical else None,
+        lora=config.finetune.adapters,
     )
     ranks = cluster.ranks, cluster.devices_per_node
     return replace(traffic, sequence=sequence_exchange(config, micro_rows, accumulation, *ranks))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import ceil, log2
 
 from megaback.config import ModelSection
+from megaback.planning.adapters import adapter_shapes
 from megaback.planning.collectives import StepCalls
 from megaback.planning.devices import Device
 from megaback.planning.flops import ModelSize, orthogonalization_flops
@@ -64,7 +65,7 @@ class TimedStep:
 
     @property
     def size(self) -> ModelSize:
-        return ModelSize.of(self.setting.shape, self.setting.vocab_size)
+        return self.setting.size
 
 
 @dataclass(frozen=True)
@@ -117,21 +118,32 @@ def _passes(step: TimedStep, device: Device, memory_rate: float) -> tuple[_Work,
     attention_flops = 4.0 * shape.query_width * step.attended_tokens * tokens
     attention = attention_flops / (step.peak_flops * attention_share(device))
     once = layers * (products + attention)
+    # Of frozen weights, no gradient is computed.
+    back = layers * ((1 if setting.lora else 2) * products + 2 * attention)
+    factors = adapter_shapes(shape, setting.lora).values() if setting.lora else ()
+    adapters = sum(product_s(tokens, inner, columns) for columns, inner in factors)
 
     chunk = min(setting.loss_chunk_tokens, tokens)
-    head = 3 * tokens / chunk * product_s(chunk, shape.width, setting.vocab_size)
+    head = (
+        (2 if setting.lora else 3)
+        * tokens
+        / chunk
+        * product_s(chunk, shape.width, setting.vocab_size)
+    )
 
     eager = 1.0 if step.is_compiled else assumed("EAGER_PASSES")
     blocks = eager * layers * tokens * value_bytes * _elements(shape)
     weight = setting.vocab_size * shape.width
     # The head's gradient of a chunk is added to an fp32 sum.
     loss = eager * _LOSS_PASSES * setting.vocab_size * tokens + 12.0 * weight * tokens / chunk
-    sums = _SUM_ACCESSES * setting.accumulator_bytes * size.total
+    sums = _SUM_ACCESSES * setting.accumulator_bytes * size.trained
     is_recomputed = setting.checkpointing != "none"
     again = once if setting.checkpointing == "block" else 0.0
     return (
-        _Work(once + head, (blocks + loss) / memory_rate),
-        _Work(2 * once + again, ((3 if is_recomputed else 2) * blocks + sums) / memory_rate),
+        _Work(once + adapters + head, (blocks + loss) / memory_rate),
+        _Work(
+            back + 2 * adapters + again, ((3 if is_recomputed else 2) * blocks + sums) / memory_rate
+        ),
     )
 
 
@@ -149,7 +161,7 @@ def _update(step: TimedStep, device: Device, memory_rate: float) -> _Work:
     """Update of the rank that does most."""
     setting, size = step.setting, step.size
     ranks = setting.shard_ranks if setting.stage else 1
-    updated = 0.0 if setting.offload != "none" else size.total / ranks
+    updated = 0.0 if setting.offload != "none" else size.trained / ranks
     arithmetic = 0.0
     if setting.optimizer == "muon":
         flops = max(map(orthogonalization_flops, _owned(setting)), default=0.0)
@@ -249,9 +261,10 @@ def _offload_s(step: TimedStep) -> float:
     setting = step.setting
     if setting.offload == "none":
         return 0.0
-    share = step.size.total / setting.ranks
+    share = step.size.trained / setting.ranks
     moved = share * (setting.accumulator_bytes * step.micro_batches + setting.weight_bytes)
     if setting.offload == "parameters":
-        moved += share * setting.weight_bytes * step.traffic.weight_passes * step.micro_batches
+        of_weights = step.size.total / setting.ranks
+        moved += of_weights * setting.weight_bytes * step.traffic.weight_passes * step.micro_batches
     host = _HOST_UPDATE_BYTES * share * setting.ranks_per_node / assumed("HOST_MEMORY_BYTES")
     return moved / assumed("HOST_LINK_BYTES") + host

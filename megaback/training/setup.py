@@ -187,8 +187,8 @@ def prepare_run(
     preflight(config, data, world, watchdog.fence)
     watchdog.set_phase("starting", start_step)
     attended = world.run_collectively(data.attended_tokens)
-    token_flops = flops_per_token(config.model, data.codec.vocab_size, attended)
     adapters, shapes, frozen = config.finetune.adapters, model.shapes(), None
+    token_flops = flops_per_token(config.model, data.codec.vocab_size, attended, adapters)
     if adapters is not None:
         held = found or trunk or base.weights
         assert held is not None

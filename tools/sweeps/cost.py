@@ -41,7 +41,9 @@ def costs_of(runs: Sequence[SweepRun]) -> list[Cost]:
 
 def _cost(config: Config, facts: RunFacts) -> Cost:
     tokens = facts.total_tokens or 0.0
-    flops = tokens * flops_per_token(config.model, facts.vocab_size, facts.attended_tokens)
+    flops = tokens * flops_per_token(
+        config.model, facts.vocab_size, facts.attended_tokens, config.finetune.adapters
+    )
     name = config.hardware.device_name
     peak = config.hardware.peak_flops
     if peak is None and name is not None:

@@ -11,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megaback.config import ModelSection
+from megaback.config_finetune import LoraSection, TargetModule
 from megaback.model.attention import Segments
 from megaback.model.gpt import ReverseGPT
+from megaback.model.lora import add_adapters
 from megaback.planning.activation_memory import Arithmetic, activations_of
 
 VOCAB_SIZE, TOKENS = 101, 64
@@ -20,12 +22,18 @@ CPU = torch.device("cpu")
 
 
 def saved_bytes(
-    shape: ModelSection, arithmetic: Arithmetic, checkpointing: str, z_loss: float
+    shape: ModelSection,
+    arithmetic: Arithmetic,
+    checkpointing: str,
+    z_loss: float,
+    lora: LoraSection | None = None,
 ) -> float:
     """Bytes per token of all tensors that PyTorch saves, except those of the weights' sizes."""
     model = ReverseGPT(
         shape, VOCAB_SIZE, activation_checkpointing=checkpointing, z_loss=z_loss
     ).train()
+    if lora is not None:
+        add_adapters(model, lora)
     if arithmetic == "bf16":
         model.bfloat16()
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
@@ -46,7 +54,7 @@ def saved_bytes(
         torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"),
     ):
         model(ids_T, ids_T, torch.arange(TOKENS), segments)
-    copies = 4 * model.lm_head.weight.numel()  # the sum of its gradients
+    copies = 0 if lora else 4 * model.lm_head.weight.numel()  # the sum of its gradients
     if arithmetic == "autocast" and checkpointing != "block":
         copies += 2 * sum(
             w.numel() for n, w in model.named_parameters() if "layers" in n and w.ndim > 1
@@ -78,6 +86,27 @@ def test_the_estimate_is_exact_for_blocks_and_within_a_few_bytes_for_the_rest(
     rotary = 0 if checkpointing == "none" else 8 * shape.head_size
     assert one - kept.block + rotary == pytest.approx(kept.rest, abs=16)
     assert penalized == one
+
+
+@pytest.mark.parametrize("arithmetic", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "block"])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",), ("all-linear",)])
+def test_less_is_saved_for_frozen_weights(
+    targets: tuple[TargetModule, ...], checkpointing: str, arithmetic: Arithmetic
+) -> None:
+    fields = {"num_layers": 2, "width": 64, "num_heads": 4, "num_kv_heads": 2}
+    lora = LoraSection(rank=8, target_modules=targets)
+    two, four = (
+        ModelSection.model_validate({**fields, "num_layers": layers}).resolved()
+        for layers in (2, 4)
+    )
+    saved = [saved_bytes(shape, arithmetic, checkpointing, 0.0, lora) for shape in (two, four)]
+
+    kept = activations_of(two, arithmetic, checkpointing, "sdpa", lora=lora)
+
+    assert (saved[1] - saved[0]) / 2 == pytest.approx(kept.block, rel=0.02)
+    # The first block has no gradients before its first adapter.
+    assert saved[0] <= 2 * kept.block + kept.rest + 16
 
 
 class LivePeak(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -15,9 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_pipeline.loading.rows import Batch
 from megaback.config import ModelSection
 from megaback.config_file import load_config
+from megaback.config_finetune import LoraSection
 from megaback.data import open_data
 from megaback.model.attention import Segments
 from megaback.model.gpt import ReverseGPT
+from megaback.model.lora import add_adapters
 from megaback.planning.flops import ModelSize, attended_tokens, flops_per_token
 
 VOCAB_SIZE = 97
@@ -60,6 +62,22 @@ def test_flops_per_token_equal_those_that_pytorch_counts(
     expected = tokens * flops_per_token(shape, VOCAB_SIZE, attended)
 
     assert counted_flops(model, lengths) == pytest.approx(expected, rel=0.001)
+
+
+def test_flops_of_lora_have_no_gradients_of_frozen_weights() -> None:
+    shape = shape_of(num_layers=6)
+    targets = ("q_proj", "k_proj", "v_proj", "down_proj")
+    lora = LoraSection(rank=8, target_modules=targets)
+    model = ReverseGPT(shape, VOCAB_SIZE).train()
+    add_adapters(model, lora)
+
+    counted = counted_flops(model, (128,))
+
+    # The input of the first adapters needs no gradient, which the plan counts.
+    first = 2 * shape.width * (shape.query_width + 2 * shape.kv_width + 3 * 8)
+    planned = flops_per_token(shape, VOCAB_SIZE, 64.5, lora)
+    assert counted == pytest.approx(128 * (planned - first), rel=0.001)
+    assert planned < 0.8 * flops_per_token(shape, VOCAB_SIZE, 64.5)
 
 
 def batches_of(
