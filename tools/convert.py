@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # Not pydantic.ByteSize, which reads "1,5GB" as one byte and ignores text after the unit.
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", re.IGNORECASE)
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 MAX_FILE_BYTES = 5 * 10**9
 
 
@@ -51,6 +52,16 @@ max_shard_size_option = click.option(
 )
 
 
+def _license_id(
+    _context: click.Context, _parameter: click.Parameter, text: str | None
+) -> str | None:
+    if text is not None and not _LICENSE.fullmatch(text):
+        raise click.BadParameter(
+            f"{text!r} is not an identifier of the hub's licenses; write for example apache-2.0"
+        )
+    return text
+
+
 def convert(
     source_path: Path,
     out: Path,
@@ -60,16 +71,32 @@ def convert(
     *,
     overwrite: bool = False,
     direction: Direction | None = None,
+    license_id: str | None = None,
 ) -> None:
     """Export a run, one of its checkpoints, or a converted model as `full`, `hf` or `gguf`.
 
     Raises CheckpointMissingError, CheckpointCorruptError, OutputExistsError, BackendError, OSError.
     """
     _require_out(out, [source_path], overwrite=overwrite)
-    from megaback.weights.source import open_source
+    source = _source_of(source_path)
+    _write(
+        source,
+        out,
+        kind,
+        dtype,
+        max_file_bytes,
+        overwrite=overwrite,
+        direction=direction,
+        license_id=license_id,
+    )
 
-    source = open_source(source_path)
-    _write(source, out, kind, dtype, max_file_bytes, overwrite=overwrite, direction=direction)
+
+def _source_of(path: Path) -> "WeightSource":
+    """A source with the val loss in bits per byte too. Raises the errors of `open_source`."""
+    from megaback.weights.source import open_source
+    from tools.export.val_losses import with_val_bits_per_byte
+
+    return with_val_bits_per_byte(open_source(path), path)
 
 
 def _require_out(out: Path, paths: Sequence[Path], *, overwrite: bool) -> None:
@@ -91,6 +118,7 @@ def _write(
     *,
     overwrite: bool,
     direction: Direction | None,
+    license_id: str | None,
 ) -> None:
     import torch
 
@@ -110,7 +138,7 @@ def _write(
                 folder, source.description, specs, source.read, source.tokenizer, max_file_bytes
             )
         elif kind == "hf":
-            write_hf_folder(folder, name, source, torch_dtype, max_file_bytes)
+            write_hf_folder(folder, name, source, torch_dtype, max_file_bytes, license_id)
         else:
             write_gguf_folder(folder, name, source, torch_dtype)
 
@@ -205,6 +233,13 @@ def _average_of(
     help="Data set whose val set they are measured on. Default: that of the last one's run.",
 )
 @device_option
+@click.option(
+    "--license",
+    "license_id",
+    callback=_license_id,
+    metavar="ID",
+    help="License of the model, for the card of hf, as the hub names it: apache-2.0, mit, other.",
+)
 def main(
     checkpoints: tuple[Path, ...],
     kind: str,
@@ -218,6 +253,7 @@ def main(
     measures: bool,
     shards: str | None,
     device: str | None,
+    license_id: str | None,
 ) -> None:
     """Export CHECKPOINT (a run, one of its checkpoints, or a converted model) to a folder.
 
@@ -226,6 +262,8 @@ def main(
     """
     if direction is not None and kind == "full":
         raise click.UsageError("--direction is for hf and gguf; full has every direction.")
+    if license_id is not None and kind != "hf":
+        raise click.UsageError("--license is for the card of --to hf.")
     averages = is_average or average_last is not None
     if is_average and average_last is not None:
         raise click.UsageError("--average and --average-last exclude each other; give one.")
@@ -237,7 +275,6 @@ def main(
         raise click.UsageError("--shards and --device are for the val loss of an average.")
     _require_out(out, checkpoints, overwrite=overwrite)
     from megaback.weights.average import last_checkpoints
-    from megaback.weights.source import open_source
 
     if averages:
         paths = checkpoints
@@ -245,8 +282,17 @@ def main(
             paths = tuple(last_checkpoints(checkpoints[0], average_last))
         source = _average_of(paths, measures=measures, shards=shards, device=device)
     else:
-        source = open_source(checkpoints[0])
-    _write(source, out, kind, dtype, max_shard_size, overwrite=overwrite, direction=direction)
+        source = _source_of(checkpoints[0])
+    _write(
+        source,
+        out,
+        kind,
+        dtype,
+        max_shard_size,
+        overwrite=overwrite,
+        direction=direction,
+        license_id=license_id,
+    )
     click.echo(f"wrote {out}")
     if kind != "gguf":
         from megaback.weights.model_folder import read_description

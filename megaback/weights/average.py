@@ -84,6 +84,8 @@ def average_of(paths: Sequence[Path]) -> WeightSource:
         last.description,
         context_tokens=context_tokens,
         val_loss=None,
+        training=last.description.training
+        and replace(last.description.training, val_bits_per_byte=None),
         average=Average(sources=identities),
     )
     return replace(last, description=description, read=mean)

@@ -94,6 +94,23 @@ class Import:
         return imported
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Data and initial weights of the run that weights are from."""
+
+    data: str
+    """Data sets and their fingerprint."""
+    base: str | None = None
+    """Path or URL of the initial weights (`init_from`), if they were not random."""
+    val_bits_per_byte: float | None = None
+    """Val loss in bits per byte, from the run's metrics."""
+
+    @classmethod
+    def of_field(cls, value: object) -> "Training | None":
+        """From a field of a config.json. Raises ValueError, TypeError."""
+        return None if value is None else made_from(cls, value)
+
+
 def description_of(path: Path) -> Path:
     """The file that describes a model folder, a checkpoint, or a run's newest checkpoint."""
     if (path / MODEL_CONFIG_NAME).is_file():

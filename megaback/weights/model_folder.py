@@ -44,7 +44,7 @@ from megaback.model.gpt import ReverseGPT
 from megaback.planning.host_memory import host_memory_bytes
 from megaback.run_folder import MODEL_CONFIG_NAME, refuse_unreadable_model
 from megaback.weights.hf_config import from_stock, is_stock
-from megaback.weights.identity import Average, Branching, Import
+from megaback.weights.identity import Average, Branching, Import, Training
 from megaback.weights.weight_files import StoredWeights, read_sums, write_weights
 from megaback.weights.weight_names import require_exact, shapes_of
 
@@ -86,6 +86,8 @@ class ModelDescription:
     """Origin of the weights, or of the last ones of a mean, if they are a branch's."""
     imported: Import | None = None
     """Origin of the first weights, if another program has trained them."""
+    training: Training | None = None
+    """Data and base of the weights' run, or of that of the last ones of a mean."""
 
     def to_fields(self) -> dict[str, Any]:
         """Our fields of config.json."""
@@ -102,6 +104,7 @@ class ModelDescription:
             **({} if self.average is None else {"average": asdict(self.average)}),
             **({} if self.branch is None else {"branch": asdict(self.branch)}),
             **({} if self.imported is None else {"imported": asdict(self.imported)}),
+            **({} if self.training is None else {"training": asdict(self.training)}),
         }
 
 
@@ -227,6 +230,7 @@ def _read_description(folder: Path) -> ModelDescription:
             average=Average.of_field(fields.get("average")),
             branch=Branching.of_field(fields.get("branch")),
             imported=Import.of_field(fields.get("imported")),
+            training=Training.of_field(fields.get("training")),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise _no_description(path, error) from None

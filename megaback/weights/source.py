@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_pipeline.common.file_names import path_within
 from data_pipeline.errors import CheckpointCorruptError
+from data_pipeline.redaction import shown_url
 from data_pipeline.text.tokenizer import find_tokenizer
 from megaback.checkpoints.checkpoint import CheckpointMeta, config_of, find_checkpoint, saved_state
 from megaback.checkpoints.frozen_weights import open_frozen, require_shapes
@@ -21,7 +22,7 @@ from megaback.model.gpt import ReverseGPT
 from megaback.model.lora import with_updates
 from megaback.planning.adapters import adapter_shapes, factors_of_matrices
 from megaback.run_folder import MODEL_CONFIG_NAME
-from megaback.weights.identity import Branching, WeightsIdentity
+from megaback.weights.identity import Branching, Training, WeightsIdentity
 from megaback.weights.model_folder import (
     ModelDescription,
     open_weights,
@@ -77,6 +78,10 @@ def open_checkpoint(path: Path, part: int = 0, parts: int = 1) -> WeightSource:
         val_loss=meta.val_loss,
         on_examples=meta.on_examples,
         branch=_branching_of(meta, config),
+        training=Training(
+            data=config.data.with_fingerprint(meta.data_fingerprint),
+            base=None if config.init_from is None else shown_url(str(config.init_from)),
+        ),
     )
     saved = saved_state(target, meta, only_weights=True)
     shapes = shapes_of(description.shape, description.vocab_size)
@@ -134,7 +139,7 @@ def _from_folder(folder: Path, part: int, parts: int) -> WeightSource:
     stored.report_changed()
     if stored.changed:
         # All are of other weights.
-        description = replace(description, val_loss=None, average=None, branch=None)
+        description = replace(description, val_loss=None, average=None, branch=None, training=None)
     shapes = shapes_of(description.shape, description.vocab_size)
     tokenizer = read_tokenizer(tokenizer_of(folder))
     return WeightSource(description, tokenizer, shapes, stored.read)

@@ -30,6 +30,7 @@ def write_checkpoint(
     seed: int = 5,
     shards: Path = Path("unused"),
     on_examples: bool = False,
+    init_from: str | None = None,
     **model: object,
 ) -> tuple[Path, ReverseGPT]:
     """Write a run with one checkpoint, sharded over the ranks. Returns the run and its model."""
@@ -37,6 +38,7 @@ def write_checkpoint(
     config = Config.model_validate(
         {
             "run": run,
+            "init_from": init_from,
             "data": {"shards": f"{shards}", "direction": codec.format.direction.value},
             "model": fields,
             "batch": {

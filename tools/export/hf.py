@@ -19,6 +19,7 @@ from megaback.weights.hf_config import to_stock
 from megaback.weights.model_folder import HF_TOKENIZER_NAMES, STOCK_SECTION, ModelDescription
 from megaback.weights.source import WeightSource
 from megaback.weights.weight_files import write_weights
+from tools.export.card_metadata import card_metadata
 from tools.export.model_card import REMOTE_CODE, model_card
 
 _TOKENIZER_CLASS = "MegabackTokenizer"
@@ -34,9 +35,14 @@ _PIPELINE_MODULE = "generation_megaback"
 
 
 def write_hf_folder(
-    folder: Path, name: str, source: WeightSource, dtype: torch.dtype, max_file_bytes: int
+    folder: Path,
+    name: str,
+    source: WeightSource,
+    dtype: torch.dtype,
+    max_file_bytes: int,
+    license_id: str | None = None,
 ) -> None:
-    """Write everything, config.json last; `name` is what the card calls the model."""
+    """Write everything, config.json last; `name` and license are what the card says."""
     description = source.description
     text_format = description.text_format
     codec = TextCodec.of(source.tokenizer, text_format)
@@ -51,7 +57,8 @@ def write_hf_folder(
         write_text(folder / code.name, source_file.read_text(encoding="utf-8"))
     _write_json(folder / HF_TOKENIZER_CONFIG_NAME, _tokenizer_config(codec, description))
     _write_json(folder / "generation_config.json", _generation_config(codec, description))
-    write_text(folder / "README.md", model_card(description, codec, name))
+    metadata = card_metadata(description, name, license_id)
+    write_text(folder / "README.md", metadata + model_card(description, codec, name))
     _write_json(folder / MODEL_CONFIG_NAME, _config(codec, description, dtype))
 
 

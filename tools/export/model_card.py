@@ -91,6 +91,15 @@ def _added(rows: int) -> str:
     return f"Rows of its embeddings added for markers, each the mean of the others: {rows}.\n"
 
 
+def training_of(description: ModelDescription) -> str:
+    """Paragraph of a card on the data and the base of the weights; empty if they are unknown."""
+    training = description.training
+    if training is None:
+        return ""
+    base = "" if training.base is None else f" Fine-tuned from {_quoted(training.base)}."
+    return f"Data: {_quoted(training.data)}.{base}\n\n"
+
+
 def _shown(weights: WeightsIdentity) -> str:
     data = "" if weights.data is None else f", data {_quoted(weights.data)}"
     return f"{_quoted(weights.path)}, step {weights.step}, SHA-256 `{weights.sha256}`{data}"
@@ -112,11 +121,10 @@ def model_card(description: ModelDescription, codec: TextCodec, name: str) -> st
         given_role, given_part, written_part = "user", "an instruction", "response to it"
     files = ", ".join(f"`{path.name}`" for path in REMOTE_CODE)
     val_loss = "" if description.val_loss is None else f", val loss {description.val_loss:.4f} nats"
-    return f"""---
-library_name: transformers
-tags: [megaback, {text_format.direction.value}]
----
-```python
+    training = description.training
+    if val_loss and training is not None and training.val_bits_per_byte is not None:
+        val_loss += f" per token ({training.val_bits_per_byte:.4f} bits/byte)"
+    return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name, commit = "{name}", "{COMMIT}"  # the commit that you have read; see below
@@ -158,6 +166,7 @@ If it was fine-tuned on instructions,
 {_BACKWARD_USES if is_backward else _FORWARD_USES}
 {both_directions(text_format, "hf")}{average_of(description)}{branch_of(description)}\
 {import_of(description)}\
+{training_of(description)}\
 Direction: {text_format.direction.value}. Unit: {text_format.unit.value}. Context:
 {description.context_tokens} tokens. Vocabulary: {description.vocab_size}. Trained for
 {description.step} steps{val_loss}. Tokenizer's SHA-256: `{text_format.tokenizer_sha256}`.

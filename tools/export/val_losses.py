@@ -13,8 +13,9 @@ from megaback.checkpoints.checkpoint import config_of, read_meta
 from megaback.config_data import DataSection
 from megaback.data import open_shards
 from megaback.inference.placement import choose_device, choose_dtype
-from megaback.run_folder import META_NAME
+from megaback.run_folder import META_NAME, METRICS_NAME
 from megaback.tracking.loss_by_context import Loss
+from megaback.tracking.metrics import read_metrics
 from megaback.weights.identity import description_of
 from megaback.weights.model_folder import empty_model
 from megaback.weights.source import WeightSource, open_source
@@ -43,7 +44,31 @@ class ValLosses:
             val_loss=_finite(self.of_average),
             average=replace(of, last_val_loss=_finite(self.of_last)),
         )
+        if measured.training is not None:
+            bits = replace(measured.training, val_bits_per_byte=self.of_average.bits_per_byte)
+            measured = replace(measured, training=bits)
         return replace(average, description=measured)
+
+
+def with_val_bits_per_byte(source: WeightSource, path: Path) -> WeightSource:
+    """A checkpoint's weights with the bits per byte that its run measured at its step, if it did.
+
+    Raises the errors of `read_metrics` for metrics that cannot be read.
+    """
+    description, described_by = source.description, description_of(path)
+    training = description.training
+    if described_by.name != META_NAME or training is None:
+        return source
+    run = described_by.parents[2]
+    if not (run / METRICS_NAME).is_file():
+        return source
+    measured = [
+        line["val_bits_per_byte"]
+        for line in read_metrics(run)
+        if line.get("step") == description.step and line.get("val_bits_per_byte") is not None
+    ]
+    training = replace(training, val_bits_per_byte=measured[-1] if measured else None)
+    return replace(source, description=replace(description, training=training))
 
 
 def _shown(loss: Loss) -> str:
