@@ -19,21 +19,10 @@ def examples(rows: str, tokenizer: Any) -> Dataset:
 
     TRL would encode texts in the wrong order, and cut off the ends of long rows.
     """
-    start, stop, instruction, response = tokenizer.convert_tokens_to_ids(
-        ["<|im_start|>", "<|im_end|>", "<|instruction|>", "<|response|>"]
-    )
 
-    def part(role: int, text: str) -> list[int]:
-        return [start, role, *tokenizer(text.strip(), add_special_tokens=False).input_ids, stop]
-
-    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-        asked = f"{row['instruction'].strip()} {(row.get('input') or '').strip()}"
-        given, written = part(response, row["output"]), part(instruction, asked)
-        if tokenizer.direction == "forward":
-            given, written = written, given
-        # The loss is on the written text and its end marker.
-        labels = [-100] * (len(given) + 2) + written[2:]
-        return {"input_ids": given + written, "labels": labels}
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        encoded = tokenizer.example(row["instruction"], row["output"], row.get("input"))
+        return {name: encoded[name] for name in ("input_ids", "labels")}
 
     dataset = load_dataset("json", data_files=rows, split="train")
     dataset = dataset.map(encode, remove_columns=dataset.column_names)

@@ -208,7 +208,7 @@ def test_trl_cannot_encode_texts_with_the_tokenizer_of_an_export(
     """It would learn a spelled end marker, and an end from a beginning of the ids."""
     from datasets import Dataset
 
-    with pytest.raises(NotImplementedError, match=r"this tokenizer"):
+    with pytest.raises(NotImplementedError, match=r"TRL cannot encode texts and messages"):
         sft(tmp_path, Dataset.from_list([REFUSED[columns]] * 2), tokenizer)
 
 

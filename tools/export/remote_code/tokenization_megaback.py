@@ -40,8 +40,8 @@ _FORWARD_ONLY = {
     "a text: use `stop` of pipeline('megaback-reverse', …)",
 }
 
-# Modules of TRL that encode texts for training: they spell the end marker in the text, and take a
-# prompt's ids for the first ones of prompt and completion.
+# Modules of TRL that encode texts for training: they spell the end marker in the text, take a
+# prompt's ids for the first ones of prompt and completion, and learn all of a chat.
 _TEXT_TRAINERS = {
     f"trl.{name}"
     for name in (
@@ -80,12 +80,7 @@ class MegabackTokenizer(PromptMethods, PreTrainedTokenizer):  # type: ignore[mis
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1).f_globals.get("__name__")
-        if caller in _TEXT_TRAINERS:
-            raise NotImplementedError(
-                "TRL cannot encode texts with this tokenizer, to which a spelled marker is text; "
-                "give it rows with `input_ids` and `labels`: for a document both are "
-                "[*tokenizer(text).input_ids, tokenizer.eos_token_id]"
-            )
+        self._refuse_text_trainers(caller)
         self._refuse_forward_only(caller)
         return super().__call__(*args, **kwargs)
 
@@ -96,7 +91,9 @@ class MegabackTokenizer(PromptMethods, PreTrainedTokenizer):  # type: ignore[mis
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """Ids of a chat: see `PromptMethods.apply_chat_template`."""
-        self._refuse_forward_only(sys._getframe(1).f_globals.get("__name__"))
+        caller = sys._getframe(1).f_globals.get("__name__")
+        self._refuse_text_trainers(caller)
+        self._refuse_forward_only(caller)
         return super().apply_chat_template(*args, **kwargs)
 
     @property
@@ -182,6 +179,16 @@ class MegabackTokenizer(PromptMethods, PreTrainedTokenizer):  # type: ignore[mis
             if one.absolute() != copy.absolute():
                 shutil.copyfile(one, copy)
         return tuple(map(str, copies.values()))
+
+    def _refuse_text_trainers(self, caller: str | None) -> None:
+        """Raises NotImplementedError for a caller that encodes rows for training in its own way."""
+        if caller in _TEXT_TRAINERS:
+            raise NotImplementedError(
+                "TRL cannot encode texts and messages with this tokenizer, to which a spelled "
+                "marker is text; give it rows with `input_ids` and `labels`: those of "
+                "example(instruction, response), or for a document as both "
+                "[*tokenizer(text).input_ids, tokenizer.eos_token_id]"
+            )
 
     def _refuse_forward_only(self, caller: str | None) -> None:
         """Raises NotImplementedError for a caller that needs text that grows at its end."""
