@@ -24,6 +24,8 @@ from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import Direction, TextCodec, Unit
 from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
+from megaback.distributed.visible_devices import count_devices
+from tests.helpers.warm_start import use_warm_starts
 from tests.helpers.wheel_environment import wheel_environment
 
 # Models of the tests are so small that several threads take five times the CPU time of one.
@@ -36,6 +38,10 @@ for _name in ("COLUMNS", "LINES"):
 settings.register_profile("megaback", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("fuzz", deadline=None)
 settings.load_profile("megaback")
+
+
+if not count_devices():  # a fork cannot use CUDA, nor another device than its template
+    use_warm_starts()
 
 
 @pytest.fixture(autouse=True)

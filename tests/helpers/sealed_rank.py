@@ -102,7 +102,7 @@ def main() -> None:
     assert all(codes == [PreemptedError.exit_code, 0] for codes in ended.values()), ended
     (folder / f"listening-{world.rank}").write_text("\n".join(listening()))
     if world.is_first:
-        print(json.dumps(ended), file=answers)
+        print(json.dumps(ended), file=answers, flush=True)
     end_rank()
 
 

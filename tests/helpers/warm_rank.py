@@ -4,6 +4,7 @@ For each run it reads a JSON line from stdin (`config`, `overrides`, `output`: a
 output), and prints a line: null, or the error. See warm_ranks.py.
 """
 
+import faulthandler
 import gc
 import json
 import os
@@ -40,6 +41,7 @@ def train(world: World, config: str, overrides: list[str], output: str, folder: 
 
 def main() -> None:
     """Train the requested runs until stdin ends."""
+    faulthandler.enable()
     answers = sys.stdout
     sys.stdout = sys.stderr  # keeps the output of libraries apart from the answers
     set_up_logging()

@@ -61,7 +61,7 @@ class WarmRanks:
         environment = training_environment() | rank_environment(self._world_size)
         self._ranks = [
             subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", "tests.helpers.warm_rank"],
+                [sys.executable, "-m", "tests.helpers.warm_rank"],
                 env=environment | names,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

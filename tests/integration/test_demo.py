@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_run import training_environment
+from tests.helpers.warm_start import COLD_VARIABLE
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +22,7 @@ def test_the_demo_goes_from_text_to_samples(tmp_path: Path, tiny_text_folder: Pa
     result = subprocess.run(
         [sys.executable, "-m", "tools.demo", *words, *sizes, "training.steps=2"],
         cwd=ROOT,
-        env=training_environment(),
+        env=training_environment() | {COLD_VARIABLE: "1"},
         capture_output=True,
         text=True,
         check=False,

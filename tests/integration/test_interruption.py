@@ -25,6 +25,7 @@ from tests.helpers.tiny_run import (
     wait_for_step,
 )
 from tests.helpers.warm_ranks import WarmRanks
+from tests.helpers.warm_start import COLD_VARIABLE
 from tools.watch import health_of
 
 pytestmark = pytest.mark.slow
@@ -124,8 +125,9 @@ def test_wandb_offline_keeps_one_id_across_restarts(
 
 
 def test_a_signal_while_ranks_are_starting_means_requeue_too(
-    tmp_path: Path, start_training: Start
+    tmp_path: Path, start_training: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(COLD_VARIABLE, "1")  # so that ranks import torch
     process = start_training(tmp_path / "run")
     give_up = time.monotonic() + 60
     while not psutil.Process(process.pid).children() and time.monotonic() < give_up:
@@ -144,7 +146,7 @@ def test_ctrl_c_while_ranks_are_starting_is_one_message(config_path: Path, tmp_p
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=training_environment(),
+        env=training_environment() | {COLD_VARIABLE: "1"},
         preexec_fn=hearing_ctrl_c,
     )
     give_up = time.monotonic() + 60

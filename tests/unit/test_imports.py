@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from megaback.cli import command_modules
 from megaback.cli import main as megaback_command
 from tests.helpers.paths import ROOT
+from tests.helpers.warm_start import COLD_VARIABLE
 
 ALLOWED = {
     "data_pipeline": {"data_pipeline"},
@@ -160,7 +162,11 @@ def test_the_help_of_megaback_takes_less_than_half_a_second(tmp_path: Path) -> N
 @pytest.mark.parametrize(("words", "module"), COMMANDS.items())
 def test_every_command_can_be_run_as_a_module(words: str, module: str) -> None:
     as_module = subprocess.run(
-        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", module, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {COLD_VARIABLE: "1"},
     )
     # click's width of a terminal where there is none.
     arguments = [*words.split(), "--help"]

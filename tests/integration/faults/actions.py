@@ -20,7 +20,7 @@ def ranks_of(launcher: "subprocess.Popen[str]") -> list[psutil.Process]:
         for process in psutil.Process(launcher.pid).children()
         if "megaback.train" in process.cmdline()
     ]
-    return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+    return sorted(found, key=lambda process: (process.create_time(), process.pid))
 
 
 def signal_rank(number: signal.Signals, rank: int) -> Callable[[Any, Path], None]:

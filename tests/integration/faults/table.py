@@ -24,6 +24,7 @@ from data_pipeline.errors import (
 )
 from megaback.faults.collective_record import describe_hang, read_collectives
 from megaback.faults.exit_record import read_history
+from tests.helpers.warm_start import COLD_VARIABLE
 from tests.integration.faults.actions import (
     end_reader_and_interrupt,
     kill_while_the_other_blocks,
@@ -290,7 +291,7 @@ FAULTS = {
         act=start_again_and_release,
         # The save notices it, not the watchdog; the checkpoint of that step is kept.
         overrides=("hardware.heartbeat_s=600", "checkpoint.keep_last=9"),
-        environment={"SLURM_JOB_ID": "77"},
+        environment={"SLURM_JOB_ID": "77", COLD_VARIABLE: "1"},  # its environment is read in /proc
         recorded=0,
     ),
     "device out of memory": Fault(

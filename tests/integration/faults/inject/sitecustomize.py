@@ -64,6 +64,20 @@ def faulty(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def make_faulty(module: ModuleType, place: str) -> None:
+    """Replace a function of a module, also where other modules have imported it already."""
+    *owners, function_name = place.split(".")
+    owner: Any = module
+    for part in owners:
+        owner = getattr(owner, part)
+    original = getattr(owner, function_name)
+    replacement = faulty(original)
+    setattr(owner, function_name, replacement)
+    for other in [] if owners else [*sys.modules.values()]:
+        for name in [name for name, value in vars(other).items() if value is original]:
+            setattr(other, name, replacement)
+
+
 class Finder(importlib.abc.MetaPathFinder):
     """Import hook that wraps the function when its module is loaded."""
 
@@ -80,15 +94,15 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            *owners, function_name = place.split(".")
-            owner: Any = module
-            for part in owners:
-                owner = getattr(owner, part)
-            setattr(owner, function_name, faulty(getattr(owner, function_name)))
+            make_faulty(module, place)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 if FAULT and os.environ.get("RANK") == str(FAULT["rank"]):
-    sys.meta_path.insert(0, Finder())
+    _name, _, _place = FAULT["at"].partition(":")
+    if _name in sys.modules:
+        make_faulty(sys.modules[_name], _place)
+    else:
+        sys.meta_path.insert(0, Finder())
