@@ -200,6 +200,11 @@ CASES = {
     "starting from a folder that is not a model": Case(
         RANK + "init_from={place}/unfinished", CheckpointMissingError, ("{place}/unfinished",)
     ),
+    "importing a folder without a model": Case(
+        "import model {place}/unfinished --direction backward --out {out}/model",
+        CheckpointMissingError,
+        ("{place}/unfinished", "config.json"),
+    ),
     "converting a run without a complete checkpoint": Case(
         "convert {place}/incomplete_run --out {out}/model",
         CheckpointMissingError,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from torch import Tensor
 
 from data_pipeline.build.command import build_shards
 from data_pipeline.build.settings import BuildSettings
@@ -25,6 +26,7 @@ from tests.helpers.bpe import NUM_IDS, qwen_content
 from tests.helpers.deepspeed_worker import CASES, HEADS, SHAPE
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_run import training_environment, val_losses_of
+from tools.convert import convert
 from tools.import_model import main as import_command
 
 Run = subprocess.CompletedProcess[str]
@@ -122,23 +124,38 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-def test_a_model_imported_forward_has_the_logits_of_transformers(qwen: Path) -> None:
+def logits_of(folder: Path, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Ours of a model folder, and transformers' of its export."""
     from transformers import AutoModelForCausalLM
 
-    ids_T = torch.arange(0, NUM_IDS, 17)
+    convert(folder, out := folder.with_name(f"{folder.name}-hf"), "hf", "float32")
+    stock = AutoModelForCausalLM.from_pretrained(out).eval()
+    model, *_ = load_model_folder(model_folder(folder), torch.device("cpu"))
+    segments = Segments.from_lengths((len(ids),), torch.device("cpu"))
+    ids_T = torch.tensor(ids)
+    ours_TV = model.logits(ids_T, torch.arange(len(ids)), segments)
+    return ours_TV, stock(ids_T[None]).logits[0]
+
+
+@torch.no_grad()
+def test_a_model_imported_forward_has_its_logits_when_exported_again(qwen: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ids = list(range(0, NUM_IDS, 17))
     stock = AutoModelForCausalLM.from_pretrained(qwen / "theirs").eval()
-    model, *_ = load_model_folder(qwen / "forward", torch.device("cpu"))
 
-    segments = Segments.from_lengths((len(ids_T),), ids_T.device)
-    logits_TV = model.logits(ids_T, torch.arange(len(ids_T)), segments)
+    ours_TV, exported_TV = logits_of(qwen / "forward", ids)
 
-    expected_TV = stock(ids_T[None]).logits[0]
-    torch.testing.assert_close(logits_TV[:, :NUM_IDS], expected_TV, atol=1e-5, rtol=1e-5)
+    expected_TV = stock(torch.tensor(ids)[None]).logits[0]
+    assert torch.equal(exported_TV[:, :NUM_IDS], expected_TV)
+    torch.testing.assert_close(ours_TV[:, :NUM_IDS], expected_TV, atol=1e-5, rtol=1e-5)
 
 
-def test_a_model_of_others_is_trained_backward(
+def test_a_model_of_others_is_trained_backward_and_exported(
     qwen: Path, tiny_text_folder: Path, train_one_rank: Callable[..., Run]
 ) -> None:
+    from transformers import AutoTokenizer
+
     codec = TextCodec.load(qwen / "backward" / "tokenizer.json", Direction.BACKWARD, Unit.TOKEN)
     settings = BuildSettings(
         sources=(WeightedSource(str(tiny_text_folder)),),
@@ -154,6 +171,10 @@ def test_a_model_of_others_is_trained_backward(
     assert result.returncode == 0, result.stderr
     losses = val_losses_of(qwen / "run")
     assert losses[12] < losses[0] - 0.5
-    model, _, trained = load_model_folder(model_folder(qwen / "run"), torch.device("cpu"))
-    assert trained.format == codec.format
-    assert model.shape.head_size == SHAPE["head_dim"]
+    text = "  naïve ☃ 1871.\n\nThe end"
+    ids = [codec.begin_id, *codec.encode(text).tolist()]
+    ours_TV, exported_TV = logits_of(qwen / "run", ids)
+    torch.testing.assert_close(ours_TV, exported_TV, atol=1e-5, rtol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(qwen / "run-hf", trust_remote_code=True)
+    assert tokenizer(text).input_ids == ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
