@@ -26,7 +26,7 @@ MODULES = {
         *("shard", "manifest", "task-record", "plan", "redactor", "hostfile", "config"),
         "tokenizer",
     ),
-    "source_targets": ("records", "source"),
+    "source_targets": ("records", "source", "tokenized"),
     "model_targets": ("safetensors", "weight-index", "model-config", "request-body", "request"),
 }
 NAMES = tuple(name for names in MODULES.values() for name in names)

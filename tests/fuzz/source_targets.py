@@ -12,10 +12,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
-from data_targets import ALLOWED, Factory, rows, texts
+from data_targets import ALLOWED, Factory, rows, small_codec, texts
 from engine import Target
 from mutations import mutate_bytes, mutate_json, mutate_lines, one_of, repacked
 
@@ -24,7 +25,16 @@ from data_pipeline.sources.columns import ExampleColumns
 from data_pipeline.sources.documents import Columns, stop_or_skip
 from data_pipeline.sources.jsonl import read_records
 from data_pipeline.sources.registry import list_source, read_slice
+from data_pipeline.sources.tokenized.documents import DocumentChecker, TokenizedFormat
+from data_pipeline.sources.tokenized.registry import list_tokenized, read_tokenized
 from data_pipeline.tokenizer.text_sample import num_bytes
+from tests.helpers.tokenized_files import (
+    write_datatrove,
+    write_flat,
+    write_llmc,
+    write_mds_arrays,
+    write_megatron,
+)
 
 # The first byte of an input selects the kind of file that it is read as.
 
@@ -137,4 +147,41 @@ def _seeds_of_sources() -> list[bytes]:
     return seeds
 
 
-TARGETS: dict[str, Factory] = {"records": records, "source": source}
+_TOKENIZED = [
+    *("train.bin", "train.npy", "llmc.bin", "m.idx", "a.ds.index", "a.ds.loss"),
+    *("mds/index.json", "mds/shard.00000.mds"),
+]
+
+
+def tokenized(folder: Path) -> Target:
+    """Files of token ids, each beside the unchanged others of its format."""
+    codec = small_codec()
+    ids = [codec.ids_of(codec.encode_document(text)).tolist() for text in texts(12)]
+    write_flat(folder / "train.bin", ids, codec.end_id)
+    np.save(folder / "train.npy", np.fromfile(folder / "train.bin", "<u2"))
+    write_llmc(folder / "llmc.bin", ids, codec.end_id)
+    write_megatron(folder / "m.bin", [[each] for each in ids])
+    write_datatrove(folder / "a.ds", ids)
+    (folder / "a.ds.loss").write_bytes(b"\1" * sum(map(len, ids)))
+    write_mds_arrays(folder / "mds", ids)
+    seeds = [bytes([n]) + (folder / name).read_bytes() for n, name in enumerate(_TOKENIZED)]
+
+    def run(data: bytes) -> None:
+        kind = data[0] % len(_TOKENIZED) if data else 0
+        path = folder / _TOKENIZED[kind]
+        path.write_bytes(data[1:])
+        source = path.parent if path.parent != folder else folder / f"{path.name.split('.')[0]}.*"
+        try:
+            for joined in (False, True):
+                form = TokenizedFormat(codec.end_id, codec.begin_id, joined=joined)
+                checker = DocumentChecker(form, codec, 1 << 20)
+                with suppress(MegabackError):
+                    for piece in list_tokenized(str(source), form).slices[:8]:
+                        list(read_tokenized(piece, form, checker, stop_or_skip, 1 << 20))
+        finally:
+            path.write_bytes(seeds[kind][1:])
+
+    return Target("tokenized", run, seeds, mutate_bytes, ALLOWED)
+
+
+TARGETS: dict[str, Factory] = {"records": records, "source": source, "tokenized": tokenized}

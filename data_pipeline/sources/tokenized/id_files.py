@@ -5,6 +5,7 @@ error instead of a signal. No pickle is read.
 """
 
 import os
+import re
 import struct
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,9 @@ _LLMC_HEADER_BYTES = 1024
 _LLMC_TYPES = {1: "<u2", 7: "<u4"}
 """Types of ids by llm.c's version: GPT-2's and Llama 3's."""
 _NPY_MAGIC = b"\x93NUMPY"
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([<>|][iu][1248])', 'fortran_order': False, 'shape': \(([0-9]{1,18}),\), \}\s*"
+)
 _HEAD_BYTES = 128 << 10
 
 
@@ -78,7 +82,7 @@ def open_ids(path: Path, form: TokenizedFormat) -> IdFile:
         head = file.read(_HEAD_BYTES)
         size_bytes = os.fstat(file.fileno()).st_size
     if head.startswith(_NPY_MAGIC):
-        return _numpy_file(path, size_bytes)
+        return _numpy_file(path, head, size_bytes)
     if size_bytes >= _LLMC_HEADER_BYTES:
         magic, version, num_tokens = struct.unpack_from("<iii", head)
         if magic == _LLMC_MAGIC and version in _LLMC_TYPES:
@@ -113,31 +117,23 @@ def flat_file(path: Path, dtype: np.dtype[np.integer], head: bytes, size_bytes: 
     return IdFile(path, dtype, 0, num_tokens)
 
 
-def _numpy_file(path: Path, size_bytes: int) -> IdFile:
-    with os.fdopen(open_file(path), "rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            if version not in ((1, 0), (2, 0)):
-                raise ValueError(f"its version is {version}")
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, _, dtype = read(file)
-        except ValueError as error:
-            raise damaged(path, f"its header cannot be read ({error!s:.200})") from None
-        offset = file.tell()
-    if len(shape) != 1 or dtype.kind not in "iu":
+def _numpy_file(path: Path, head: bytes, size_bytes: int) -> IdFile:
+    """The ids of an array. Its header is matched: numpy would evaluate it, and unpickle objects."""
+    is_short = head[len(_NPY_MAGIC) : len(_NPY_MAGIC) + 1] == b"\1"
+    at = len(_NPY_MAGIC) + (4 if is_short else 6)
+    header_bytes = int.from_bytes(head[len(_NPY_MAGIC) + 2 : at], "little")
+    header = head[at : at + header_bytes]
+    found = _NPY_HEADER.fullmatch(header)
+    if found is None:
         raise SourceUnreadableError(
-            f"{path}: an array of shape {shape} and type {dtype.name}, not a sequence of ids; "
-            "write the ids of its documents one after another"
+            f"{path}: its header {header[:80]!r} is not that of a sequence of ids, an array of "
+            "whole numbers in one dimension; write the ids of its documents one after another"
         )
-    if size_bytes != offset + shape[0] * dtype.itemsize:
-        raise damaged(
-            path, f"its header has {shape[0]:,} ids, and its size is {size_bytes:,} bytes"
-        )
-    return IdFile(path, dtype, offset, shape[0])
+    dtype, num_ids = np.dtype(found[1].decode()), int(found[2])
+    offset = at + header_bytes
+    if size_bytes != offset + num_ids * dtype.itemsize:
+        raise damaged(path, f"its header has {num_ids:,} ids, and its size is {size_bytes:,} bytes")
+    return IdFile(path, dtype, offset, num_ids)
 
 
 def stamp_of_file(path: Path) -> str:

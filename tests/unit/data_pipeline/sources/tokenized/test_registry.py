@@ -179,9 +179,9 @@ def test_a_file_of_ids_that_is_cut_is_refused(
     array.write_bytes(array.read_bytes()[:-2])
     refused(read, array, "its header has 9 ids")
     np.save(array, np.zeros((3, 3)))
-    refused(read, array, "not a sequence of ids")
+    refused(read, array, "is not that of a sequence of ids")
     np.save(array, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    refused(read, array, "not a sequence of ids")
+    refused(read, array, "is not that of a sequence of ids")
 
 
 def test_damaged_files_of_megatron_are_refused(
