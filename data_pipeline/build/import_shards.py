@@ -39,7 +39,7 @@ from data_pipeline.text.codec import Direction, TextCodec, Unit
     name="shards",
     epilog=examples(
         "megaback import shards --source nanoGPT/data/openwebtext --out data/openwebtext "
-        "--tokenizer data/gpt2/tokenizer.model",
+        "--tokenizer data/gpt2/tokenizer.json",
         "megaback import shards --source corpus_text_document.bin --out data/corpus --end-id 2 "
         "--tokenizer data/tokenizer/tokenizer.model",
         "megaback import shards --source mds/train --val-source mds/val --joined --out data/mds "
