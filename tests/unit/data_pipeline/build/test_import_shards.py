@@ -21,6 +21,8 @@ from data_pipeline.sources.tokenized import streams
 from data_pipeline.sources.tokenized.documents import TokenizedFormat
 from data_pipeline.sources.weighted import WeightedSource
 from data_pipeline.text.codec import Direction, TextCodec, Unit
+from data_pipeline.tokenizer.markers import with_markers
+from tests.helpers.bpe import qwen_content
 from tests.helpers.builds import (
     Codecs,
     build_here,
@@ -247,3 +249,20 @@ def test_ids_of_a_character_that_is_cut_are_kept(
     found = ids_of(tmp_path / "out")
     assert sorted(found["train"] + found["val"]) == sorted(cut)
     assert np.concatenate(cut).max() < codec().vocab_size
+
+
+def test_ids_of_another_models_tokenizer_json_are_those_of_its_texts(
+    tmp_path: Path, texts: list[str]
+) -> None:
+    """Ids as `tokenizers` itself gives them, and the end id that its tokenizer has."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(qwen_content().decode())
+    codec = TextCodec(with_markers(qwen_content()).content, Direction.BACKWARD, Unit.TOKEN)
+    documents = [tokenizer.encode(text).ids for text in texts]
+    end_id = tokenizer.token_to_id("<|endoftext|>")
+    source = write_flat(tmp_path / "train.bin", documents, end_id)
+    of_text = write_records(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    imported = build_here(settings_of(source, codec), codec, tmp_path / "imported")
+    of_texts = settings_of(of_text, codec, tokenized=None)
+    assert imported.shards == build_here(of_texts, codec, tmp_path / "built").shards
