@@ -46,8 +46,9 @@ CHAT_PIECES = (
 # Text that the usual normalizations change: outer and repeated spaces, a ligature, a wide letter.
 _PROBE = "  a  \ufb01 \uff21\t\n e\u0301 \u00a0b "
 _RUNS = re.compile(r"\s+|\S+")
-# The reference encodes this much in the time that building and checking a faster encoder takes.
-_CHARACTERS_BEFORE_FASTEST = 1 << 17
+# The reference encodes this much per piece of the vocabulary in the time that building and checking
+# a faster encoder takes.
+_CHARACTERS_PER_PIECE = 50
 
 
 class Direction(str, Enum):
@@ -197,7 +198,7 @@ class TextCodec:
         self.id_dtype = tokenizer.id_dtype
         self._piece_bytes = tokenizer.piece_bytes
         self._unencodable = re.compile(f"([{tokenizer.unencodable}\ud800-\udfff]+)")
-        self._characters_before_fastest = _CHARACTERS_BEFORE_FASTEST
+        self._characters_before_fastest = _CHARACTERS_PER_PIECE * self.vocab_size
         self.begin_id = self._require_control(BEGIN_PIECE)
         self.end_id = self._require_control(END_PIECE)
         if both and direction is Direction.FORWARD:

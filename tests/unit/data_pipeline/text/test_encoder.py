@@ -350,7 +350,7 @@ def test_encode_documents_equals_encode_document_of_each(
 @cache
 def _codec(direction: Direction, unit: Unit, characters_before_fastest: int) -> TextCodec:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "_CHARACTERS_BEFORE_FASTEST", characters_before_fastest)
+        patch.setattr(text, "_CHARACTERS_PER_PIECE", characters_before_fastest)
         return TextCodec(model_of("english"), direction, unit)
 
 
