@@ -23,7 +23,12 @@ from data_pipeline.errors import MegabackError
 from data_pipeline.text.codec import Direction
 from megaback.run_folder import CHECKPOINTS_FOLDER
 from megaback.use_commands import use_commands
-from tools.model_options import device_option, direction_option_named, stored_dtype_option
+from tools.model_options import (
+    GGUF_DTYPES,
+    device_option,
+    direction_option_named,
+    stored_dtype_option,
+)
 
 if TYPE_CHECKING:
     from megaback.weights.source import WeightSource
@@ -129,18 +134,20 @@ def _write(
     if direction is not None:
         text_format = source.description.text_format.using(direction, "the model")
         source = replace(source, description=replace(source.description, text_format=text_format))
-    torch_dtype: torch.dtype = getattr(torch, dtype)
     name = out.resolve().name
     with whole_folder(out, overwrite=overwrite) as folder:
+        if kind == "gguf":
+            for one in write_gguf_folder(folder, name, source, dtype):
+                echo(f"{dtype}: rows are no multiple of its block, so another type: {one}")
+            return
+        torch_dtype: torch.dtype = getattr(torch, dtype)
         if kind == "full":
             specs = source.specs(torch_dtype)
             write_model_folder(
                 folder, source.description, specs, source.read, source.tokenizer, max_file_bytes
             )
-        elif kind == "hf":
-            write_hf_folder(folder, name, source, torch_dtype, max_file_bytes, license_id)
         else:
-            write_gguf_folder(folder, name, source, torch_dtype)
+            write_hf_folder(folder, name, source, torch_dtype, max_file_bytes, license_id)
 
 
 def _average_of(
@@ -181,7 +188,7 @@ def _average_of(
         "megaback convert runs/xcoax_100bt --out models/xcoax",
         "megaback convert runs/xcoax_100bt/checkpoints/best --to hf --dtype bfloat16 "
         "--out models/xcoax-hf",
-        "megaback convert models/xcoax --to gguf --out models/xcoax-gguf",
+        "megaback convert models/xcoax --to gguf --outtype q4_k_m --out models/xcoax-gguf",
         "megaback convert runs/xcoax_100bt --average-last 5 --out models/xcoax-mean",
         "megaback convert runs/a runs/b models/c --average --shards data/novels --out models/soup",
     ),
@@ -264,6 +271,8 @@ def main(
         raise click.UsageError("--direction is for hf and gguf; full has every direction.")
     if license_id is not None and kind != "hf":
         raise click.UsageError("--license is for the card of --to hf.")
+    if dtype in GGUF_DTYPES and kind != "gguf":
+        raise click.UsageError(f"--dtype {dtype} is for --to gguf; use float32 or bfloat16.")
     averages = is_average or average_last is not None
     if is_average and average_last is not None:
         raise click.UsageError("--average and --average-last exclude each other; give one.")

@@ -84,12 +84,17 @@ dtype_option = click.option(
     show_default=True,
     help="Data type of the weights; auto: bfloat16 on a GPU that computes in it, else float32.",
 )
+_SHORT_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+GGUF_DTYPES = ("float16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 stored_dtype_option = click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
+    "--outtype",
+    type=click.Choice(["float32", "bfloat16", *GGUF_DTYPES, *_SHORT_DTYPES], case_sensitive=False),
+    callback=lambda _context, _option, name: _SHORT_DTYPES.get(name, name),
     default="float32",
     show_default=True,
-    help="Data type of the weights.",
+    help="Data type of the weights; those after bfloat16 are for gguf. f32, bf16 and f16 are short "
+    "names, and q6_k, q5_k_m and q4_k_m need the package xllamacpp.",
 )
 server_option = click.option(
     "--server",

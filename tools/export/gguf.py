@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from megaback.weights.source import WeightSource
 from megaback.weights.weight_files import write_sums
 from megaback.weights.weight_names import HEAD_NAME
 from tools.export.gguf_card import chat_template, gguf_card, gguf_description
+from tools.export.gguf_types import FLOATS, GgufType, quantizer
 from tools.export.gguf_vocabulary import add_vocabulary
 
 _FREQUENCIES = "rope_freqs.weight"
@@ -52,10 +52,12 @@ _LAYER_NAMES = {
 }
 
 
-def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torch.dtype) -> None:
+def write_gguf_folder(folder: Path, name: str, source: WeightSource, type_name: str) -> list[str]:
     """Write the file, one tensor at a time, its SHA-256, and its card.
 
-    Raises BackendError without the package `gguf`.
+    `type_name`: one of `gguf_types.TYPES`. Returns the types of matrices whose rows it does not
+    divide, with their names. Raises BackendError without the package `gguf`, or `xllamacpp` for a
+    k-quant.
     """
     try:
         import gguf
@@ -71,24 +73,26 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torc
             "--to hf"
         )
     types = gguf.GGMLQuantizationType
+    of_file = GgufType(type_name, shape)
     path = folder / GGUF_NAME
     shapes, read = _with_frequencies(source)
+    type_of = {one: of_file.of(gguf_name_of(one), shapes[one]) for one in shapes}
+    quantizers = {one: quantizer(one) for one in sorted({*type_of.values()})}
     writer: Any = gguf.GGUFWriter(path, "qwen3" if shape.qk_norm else "llama")
     try:
-        _add_metadata(writer, name, source, dtype)
+        _add_metadata(writer, name, source, of_file)
         for tensor_name, tensor_shape in shapes.items():
-            stored = _stored_dtype(tensor_shape, dtype)
-            num_bytes = stored.itemsize * int(np.prod(tensor_shape))
-            raw_type = types.BF16 if stored == torch.bfloat16 else types.F32
-            array_type = np.dtype(np.int16 if stored == torch.bfloat16 else np.float32)
-            gguf_name = gguf_name_of(tensor_name)
-            writer.add_tensor_info(gguf_name, tensor_shape, array_type, num_bytes, raw_type)
+            raw_type = types[type_of[tensor_name]]
+            num_bytes = int(np.prod(gguf.quant_shape_to_byte_shape(tensor_shape, raw_type)))
+            writer.add_tensor_info(
+                gguf_name_of(tensor_name), tensor_shape, np.dtype("f4"), num_bytes, raw_type
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor_name, tensor_shape in shapes.items():
+        for tensor_name in shapes:
             weight = as_llama_cpp_has_it(tensor_name, read(tensor_name), shape)
-            writer.write_tensor_data(_array(weight.to(_stored_dtype(tensor_shape, dtype))))
+            writer.write_tensor_data(quantizers[type_of[tensor_name]](weight))
     except OSError as error:
         if error.errno is None:  # numpy reports a short write without its cause
             raise StorageError(
@@ -103,6 +107,9 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, dtype: torc
     text_format = source.description.text_format
     codec = TextCodec.of(source.tokenizer, text_format)
     write_text(folder / "README.md", gguf_card(source.description, codec, name))
+    named = {one: gguf_name_of(one) for one in shapes}
+    odd = [one for one in shapes if of_file.is_fallback(named[one], shapes[one])]
+    return [f"{type_of[one].lower()} {named[one]}" for one in odd]
 
 
 def _with_frequencies(
@@ -136,22 +143,16 @@ def as_llama_cpp_has_it(name: str, weight: Tensor, shape: ModelSection) -> Tenso
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def _stored_dtype(shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
-    """Data type in the file: fp32 for norms, as llama.cpp requires."""
-    return dtype if len(shape) > 1 else torch.float32
-
-
-def _array(weight: Tensor) -> npt.NDArray[Any]:
-    weight = weight.contiguous()
-    return (weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight).numpy()
-
-
-def _add_metadata(writer: Any, name: str, source: WeightSource, dtype: torch.dtype) -> None:
+def _add_metadata(writer: Any, name: str, source: WeightSource, of_file: GgufType) -> None:
     import gguf
 
     description = source.description
     shape, text_format = description.shape, description.text_format
     writer.add_name(name)
+    writer.add_type(gguf.GGUFType.MODEL)
+    sizes = [int(np.prod(one)) for one in source.shapes.values()]
+    writer.add_size_label(gguf.size_label(sum(sizes), 0, 0, 0))
+    writer.add_tags(["text-generation", "megaback", f"{text_format.direction.value}"])
     writer.add_description(gguf_description(text_format))
     writer.add_chat_template(chat_template(text_format))
     in_use = replace(text_format, both=False)  # a file has the markers of one direction
@@ -169,8 +170,9 @@ def _add_metadata(writer: Any, name: str, source: WeightSource, dtype: torch.dty
     writer.add_rope_freq_base(shape.rope_theta)
     writer.add_layer_norm_rms_eps(shape.norm_epsilon)
     writer.add_vocab_size(description.vocab_size)
-    kinds = gguf.LlamaFileType
-    writer.add_file_type(kinds.MOSTLY_BF16 if dtype == torch.bfloat16 else kinds.ALL_F32)
+    writer.add_file_type(gguf.LlamaFileType[of_file.file_type])
+    if of_file.name not in FLOATS:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     codec = TextCodec.of(source.tokenizer, text_format)
     add_vocabulary(writer, codec)
     writer.add_bos_token_id(codec.begin_id)
