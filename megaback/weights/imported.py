@@ -74,6 +74,10 @@ def open_import(
     default, and at most, the config's max_position_embeddings. Raises CheckpointMissingError,
     CheckpointCorruptError, RunMismatchError and TokenizerError.
     """
+    if not path.exists():
+        raise CheckpointMissingError(
+            f"{path} does not exist; give a folder of save_pretrained, or a checkpoint of DeepSpeed"
+        )
     config_path = _beside(path, config, (MODEL_CONFIG_NAME,))
     if config_path is None:
         raise CheckpointMissingError(
@@ -160,9 +164,9 @@ def _fields(path: Path) -> dict[str, Any]:
             f"{path} is not a config of transformers ({error}); give the one that was saved with "
             "the weights"
         ) from None
-    if STOCK_SECTION in fields:
+    if STOCK_SECTION in fields or "tokenizer_sha256" in fields:
         raise RunMismatchError(
-            f"{path} is of a model that megaback has exported; it is read as it is: use "
+            f"{path} is of a model that megaback has written; it is read as it is: use "
             "`megaback convert` for another format"
         )
     return fields

@@ -143,7 +143,8 @@ REFUSED: dict[str, tuple[dict[str, object], type[MegabackError], str]] = {
     "tied": ({"tie_word_embeddings": True}, CheckpointCorruptError, "lm_head.weight with other"),
     "vocabulary": ({"vocab_size": "many"}, RunMismatchError, "vocab_size"),
     "context": ({"max_position_embeddings": 16}, RunMismatchError, "`context_tokens` is 32"),
-    "ours": ({"megaback": {}}, RunMismatchError, "use `megaback convert`"),
+    "exported": ({"megaback": {}}, RunMismatchError, "use `megaback convert`"),
+    "ours": ({"tokenizer_sha256": "0"}, RunMismatchError, "use `megaback convert`"),
 }
 
 
@@ -176,6 +177,8 @@ def test_a_folder_without_config_or_tokenizer_needs_others(theirs: Path, tmp_pat
     (theirs / "tokenizer.model").rename(tmp_path / "other" / "tokenizer.model")
     with pytest.raises(TokenizerError, match="give the tokenizer that the model was trained with"):
         open_import(theirs, Directions.BACKWARD)
+    with pytest.raises(CheckpointMissingError, match="gone does not exist"):
+        open_import(tmp_path / "gone", Directions.BACKWARD)
     (theirs / "config.json").rename(tmp_path / "other" / "config.json")
     with pytest.raises(CheckpointMissingError, match=r"has no config\.json"):
         open_import(theirs, Directions.BACKWARD)
