@@ -17,6 +17,7 @@ import socket
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from megaback import own_process
@@ -118,14 +119,19 @@ def become(request: dict[str, Any]) -> None:
 
 def run() -> None:
     """Run the module or the script that the words of this process name."""
+    main_module = ModuleType("__main__")
+    # Under the second name, workers that are spawned send objects of the first one's classes.
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main_module
     if sys.argv[0] != "-m":
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        main_module.__file__ = sys.argv[0]
+        code = compile(Path(sys.argv[0]).read_bytes(), sys.argv[0], "exec")
+        exec(code, vars(main_module))
         return
     module = sys.orig_argv[-len(sys.argv)]
     for name in (module, f"{module}.__main__"):
         if name in sys.modules and not hasattr(sys.modules[name], "__path__"):
             del sys.modules[name]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    runpy._run_module_as_main(module)  # type: ignore[attr-defined]
 
 
 def _open_standard_streams() -> None:
