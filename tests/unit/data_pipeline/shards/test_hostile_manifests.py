@@ -151,7 +151,7 @@ def test_a_tokenizer_of_too_many_pieces_is_refused() -> None:
     for number in range(50):
         model.pieces.add(piece=f"p{number}", score=0.0, type=2 if number == 0 else 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data_pipeline.text.codec.MAX_VOCABULARY", 49)
+        patch.setattr("data_pipeline.text.tokenizer.MAX_VOCABULARY", 49)
         with pytest.raises(TokenizerError, match="50 pieces, more than the 49"):
             TextCodec(model.SerializeToString(), Direction.BACKWARD, Unit.TOKEN)
 
