@@ -43,7 +43,7 @@ def import_tokenizer(
     name = file_name_of(marked.content)
     if out.name != name:
         raise TokenizerError(
-            f"--out {out} is not named as this kind of tokenizer; end it in {name}"
+            f"`out` is {out}, but files of this kind of tokenizer are named {name}; end it in that"
         )
     require_output(out, [path], is_ours=_is_importable, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
