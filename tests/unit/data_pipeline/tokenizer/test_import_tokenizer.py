@@ -30,7 +30,7 @@ def test_the_map_of_ids_is_printed_and_the_file_is_usable(folder: Path) -> None:
 
 
 def test_a_file_of_another_kind_or_name_is_refused(folder: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"end it in tokenizer\.json"):
+    with pytest.raises(TokenizerError, match=r"named tokenizer\.json"):
         import_tokenizer(folder, folder.parent / "new" / "tokenizer.model")
     with pytest.raises(TokenizerError, match="No such file"):
         import_tokenizer(folder / "none", folder.parent / "new" / "tokenizer.json")
