@@ -30,6 +30,8 @@ BAD_NODES_NAME = "bad_nodes.txt"
 PREFLIGHT_NAME = "preflight.json"
 PREFLIGHT_FOLDER = ".preflight"
 """Files by which nodes test whether they share the disk."""
+ROLLED_BACK_PREFIX = "rolled-back-from-"
+"""Begin of the name of a folder of checkpoints that `megaback rollback` has set aside."""
 SKIPPED_STEPS_NAME = "skipped_steps.json"
 MAX_SKIPPED_STEPS_BYTES = 1 << 20
 """The file holds first and last of each range of steps that `megaback rollback` excluded."""

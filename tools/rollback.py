@@ -40,6 +40,7 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         CHECKPOINTS_FOLDER,
         LATEST_NAME,
         METRICS_NAME,
+        ROLLED_BACK_PREFIX,
         complete_checkpoints,
         step_of,
     )
@@ -69,7 +70,7 @@ def roll_back(run: Path, steps: int) -> tuple[Path, int, int]:
         meta = read_meta(target)
         verify_files(target, meta)
         skipped_steps = with_range(run, meta.step + 1, last)
-        aside = run / CHECKPOINTS_FOLDER / f"rolled-back-from-{last:08d}"
+        aside = run / CHECKPOINTS_FOLDER / f"{ROLLED_BACK_PREFIX}{last:08d}"
         if (place := _copy_target(run)) is not None:
             place.roll_back(meta.step, skipped_steps, aside.name)
         begin_start(run)  # a rank that lives on, cut off from the network, writes nothing more

@@ -30,6 +30,7 @@ from megaback.run_folder import (
     CHECKPOINT_FILE,
     MAX_META_BYTES,
     META_NAME,
+    ROLLED_BACK_PREFIX,
     SKIPPED_STEPS_NAME,
     STEP_FOLDER,
     TENSORS_SUFFIX,
@@ -48,7 +49,10 @@ class CopyTarget(CheckpointCopies):
     def require_ours(self) -> None:
         """Raises OutputExistsError if the location has anything but copies, and OSError."""
         seen = [name for name in self._names() if not name.startswith(".")]
-        others = [name for name in seen if not STEP_FOLDER.fullmatch(name)]
+        ours = (ROLLED_BACK_PREFIX, SKIPPED_STEPS_NAME)
+        others = [
+            name for name in seen if not (STEP_FOLDER.fullmatch(name) or name.startswith(ours))
+        ]
         if others:
             raise OutputExistsError(
                 f"checkpoint.copy_to would write to {self.name}, which contains {others[0]}, not "

@@ -144,6 +144,7 @@ def test_a_run_fetched_after_a_rollback_resumes_from_the_checkpoint_of_the_rollb
     second = CopyTarget(copy_to, run)
 
     second.roll_back(100, b"[[101, 350]]\n", "rolled-back-from-00000350")
+    second.require_ours()
     shutil.rmtree(run)
 
     assert second.complete() == names([100])
