@@ -7,14 +7,15 @@ are errors, and appears in no message.
 import json
 import os
 import time
-from collections.abc import Generator, Mapping
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+from data_pipeline.common.checked_json import briefly, parse_json
 from data_pipeline.errors import ConfigError, ServeError
 from data_pipeline.redaction import shown_url
 
@@ -25,6 +26,8 @@ _MAX_ATTEMPTS = 4
 _FIRST_WAIT_S = 1.0
 _MAX_WAIT_S = 30.0
 _MAX_REASON_BYTES = 2000
+_MAX_ANSWER_BYTES = 128 << 20
+_MAX_EVENT_BYTES = 8 << 20
 
 
 class _NoRedirects(HTTPRedirectHandler):
@@ -64,30 +67,50 @@ class Connection:
             self._headers["Authorization"] = f"Bearer {key}"
         self._opener = build_opener(_NoRedirects)
 
-    def ask(self, path: str, fields: Mapping[str, Any] | None = None) -> Any:
+    def ask(self, path: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The JSON of an answer to a GET or, with fields, a POST. Raises ServeError."""
-        with self._open(path, fields) as answer:
-            try:
-                return json.load(answer)
-            except (HTTPException, OSError, ValueError) as error:
-                raise self._broken(error) from None
+        with self._open(path, fields) as answer, self._receiving():
+            return _object_of(_within(answer.read(_MAX_ANSWER_BYTES + 1), _MAX_ANSWER_BYTES))
 
-    def events(self, path: str, fields: Mapping[str, Any]) -> Generator[Any, None, None]:
+    def events(self, path: str, fields: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
         """The JSON of each event of a stream. Raises ServeError, also if it is truncated."""
-        with self._open(path, fields) as answer:
-            try:
-                for line in answer:
-                    kind, _, data = line.decode("utf-8", "replace").strip().partition(":")
-                    if kind == "data" and data.strip() == "[DONE]":
-                        return
-                    if kind in ("data", "error"):
-                        event = json.loads(data)
-                        if "error" in event or kind == "error":
-                            raise ServeError(f"{self.shown} stopped: {_reason(event)}")
-                        yield event
-            except (HTTPException, OSError, ValueError) as error:
-                raise self._broken(error) from None
+        with self._open(path, fields) as answer, self._receiving():
+            while line := _within(answer.readline(_MAX_EVENT_BYTES + 1), _MAX_EVENT_BYTES):
+                kind, _, data = line.strip().partition(b":")
+                if kind == b"data" and data.strip() == b"[DONE]":
+                    return
+                if kind in (b"data", b"error"):
+                    event = _object_of(data)
+                    if "error" in event or kind == b"error":
+                        raise ServeError(f"{self.shown} stopped: {_reason(event)}")
+                    yield event
         raise ServeError(f"{self.shown} ended a stream early; ask again")
+
+    @contextmanager
+    def reading(self, kind: str) -> Iterator[None]:
+        """Reading of the fields of answers. Raises ServeError if one is missing or of another type.
+
+        `kind`: the server whose answers they should be.
+        """
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ServeError(
+                f"{self.shown} does not answer as {kind} does ({type(error).__name__}: {error}); "
+                "correct the address or the server's `kind`, or update the server"
+            ) from None
+
+    @contextmanager
+    def _receiving(self) -> Iterator[None]:
+        try:
+            yield
+        except (HTTPException, OSError) as error:
+            raise self._broken(error) from None
+        except ValueError as error:
+            raise ServeError(
+                f"{self.shown} does not answer as a server of models does ({error}); correct the "
+                "address"
+            ) from None
 
     def _open(self, path: str, fields: Mapping[str, Any] | None) -> Any:
         """An open answer; busy servers are asked again."""
@@ -101,6 +124,12 @@ class Connection:
                     if error.code in _BUSY_STATUSES and attempt + 1 < _MAX_ATTEMPTS:
                         _wait(attempt, error.headers.get("Retry-After"))
                         continue
+                    if location := error.headers.get("Location"):
+                        location = shown_url(location)
+                        raise ServeError(
+                            f"{self.shown} answers {error.code}: it has moved to {location}; give "
+                            "that address"
+                        ) from None
                     reason = error.read(_MAX_REASON_BYTES).decode("utf-8", "replace")
                 with suppress(ValueError):
                     reason = _reason(json.loads(reason))
@@ -117,6 +146,21 @@ class Connection:
         return ServeError(
             f"{self.shown} does not answer ({error}); start a server there, or correct the address"
         )
+
+
+def _within(data: bytes, max_bytes: int) -> bytes:
+    """The data. Raises ValueError if they are too large."""
+    if len(data) > max_bytes:
+        raise ValueError(f"more than {max_bytes:,} bytes")
+    return data
+
+
+def _object_of(data: bytes) -> dict[str, Any]:
+    """Raises ValueError unless the data are a JSON object."""
+    value = parse_json(data)
+    if not isinstance(value, dict):
+        raise ValueError(f"{briefly(value)} is not an object")
+    return value
 
 
 def _wait(attempt: int, asked: str | None) -> None:

@@ -2,7 +2,8 @@
 
 from collections.abc import Generator
 
-from data_pipeline.errors import PromptError
+from data_pipeline.common.checked_json import briefly
+from data_pipeline.errors import PromptError, ServeError, TokenizerMismatchError
 from data_pipeline.text.codec import Prompt, TextCodec
 from megaback.client.servers import ModelServer, Request
 from megaback.inference.sampling import SamplingOptions
@@ -57,9 +58,21 @@ def sampled_ids(
         )
         count = 0
         for part in server.new_ids(request):
+            _require_known(part, codec.vocab_size, server)
             ends = [at for at, new_id in enumerate(part) if new_id in end_ids]
             new_ids = part[: ends[0]] if ends else part
+            if first is not None and not count and not set(new_ids[:1]) <= set(first):
+                raise ServeError(
+                    f"{server.connection.shown} began with id {new_ids[0]}, which it was asked not "
+                    "to, and the given text would change: it, or a proxy before it, ignores fields "
+                    f"of {server.kind}; update it, or give the server's own address"
+                )
             ids, count = [*ids, *new_ids], count + len(new_ids)
+            if count > length:
+                raise ServeError(
+                    f"{server.connection.shown} wrote more than the {length:,} tokens that it was "
+                    "asked for; update the server"
+                )
             if new_ids:
                 yield new_ids
             if ends:
@@ -67,3 +80,13 @@ def sampled_ids(
         if server.continues or count < length:
             return
         num_new, number = num_new + count, number + 1
+
+
+def _require_known(ids: list[int], vocab_size: int, server: ModelServer) -> None:
+    """Raises TokenizerMismatchError for an id that the tokenizer does not have."""
+    for new_id in ids:
+        if type(new_id) is not int or not 0 <= new_id < vocab_size:
+            raise TokenizerMismatchError(
+                f"{server.connection.shown} wrote id {briefly(new_id)}, and this tokenizer has "
+                f"{vocab_size:,} ids; give the folder of the model that is served"
+            )

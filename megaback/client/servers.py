@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from data_pipeline.common.checked_json import briefly
 from data_pipeline.errors import (
     BackendError,
     ConfigError,
@@ -61,9 +62,13 @@ class ModelServer(ABC):
         self.name = name
         self.context_tokens = context_tokens
 
-    @abstractmethod
     def new_ids(self, request: Request) -> Generator[list[int], None, None]:
         """New ids in parts, perhaps with the end id as the last. Raises ServeError."""
+        with self.connection.reading(self.kind):
+            yield from self._new_ids(request)
+
+    @abstractmethod
+    def _new_ids(self, request: Request) -> Generator[list[int], None, None]: ...
 
     def require_scores(self) -> None:
         """Raises BackendError if the server gives no probabilities of a prompt's ids."""
@@ -84,7 +89,8 @@ class ModelServer(ABC):
     def likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
         """log P of each, and whether it is greedy. Raises BackendError, ServeError."""
         self.require_scores()
-        return self._likelihoods(continuations)
+        with self.connection.reading(self.kind):
+            return self._likelihoods(continuations)
 
     def _likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
         raise NotImplementedError
@@ -109,18 +115,19 @@ class ModelServer(ABC):
 
     def _streamed(self, fields: Mapping[str, Any]) -> Generator[list[int], None, None]:
         """Ids of a stream whose last event has their number."""
-        count = 0
+        count, expected = 0, None
         for event in self.connection.events("/v1/completions", fields):
             for choice in event["choices"]:
                 ids = list(choice.get("token_ids") or ())
                 count += len(ids)
                 yield ids
-            usage = event.get("usage")
-            if usage is not None and usage["completion_tokens"] != count:
-                raise ServeError(
-                    f"{self.connection.shown} wrote {usage['completion_tokens']} tokens and sent "
-                    f"the ids of {count}; update the server"
-                )
+            if event.get("usage") is not None:
+                expected = event["usage"]["completion_tokens"]
+        if expected != count:
+            raise ServeError(
+                f"{self.connection.shown} wrote {briefly(expected)} tokens and sent the ids of "
+                f"{count}; update it, or give the server's own address in place of a proxy's"
+            )
 
 
 class MegabackServer(ModelServer):
@@ -131,7 +138,7 @@ class MegabackServer(ModelServer):
     continues = True
     serves_both = False
 
-    def new_ids(self, request: Request) -> Generator[list[int], None, None]:
+    def _new_ids(self, request: Request) -> Generator[list[int], None, None]:
         fields = self._sampling(request) | {
             "stream_order": "writing",
             "stream_options": {"include_usage": True},
@@ -168,7 +175,7 @@ class VllmServer(ModelServer):
     gives_scores = True
     min_temperature = 0.01
 
-    def new_ids(self, request: Request) -> Generator[list[int], None, None]:
+    def _new_ids(self, request: Request) -> Generator[list[int], None, None]:
         fields = self._sampling(request) | {
             "stream_options": {"include_usage": True},
             "stop_token_ids": list(request.end_ids),
@@ -208,7 +215,7 @@ class LlamaCppServer(ModelServer):
     kind = "llama.cpp"
     tokens_at_once = 16
 
-    def new_ids(self, request: Request) -> Generator[list[int], None, None]:
+    def _new_ids(self, request: Request) -> Generator[list[int], None, None]:
         options = request.options
         biases: list[list[Any]] = [[i, False] for i in request.forbidden_ids]
         if request.first_ids is not None:
@@ -233,8 +240,11 @@ class LlamaCppServer(ModelServer):
                 "cache_prompt": True,
             },
         )
-        yield answer["tokens"]
-        if answer["stop_type"] == "eos":
+        ids, is_ended = list(answer["tokens"]), answer["stop_type"] == "eos"
+        if not ids and not is_ended:
+            raise ServeError(f"{self.connection.shown} sent no ids; update llama.cpp")
+        yield ids
+        if is_ended:
             yield list(request.end_ids[:1])
 
 
@@ -255,13 +265,22 @@ def connect(
     if no server answers, ConfigError for an unknown server or model, DirectionMismatchError and
     TokenizerMismatchError for a model of another format.
     """
-    models: list[dict[str, Any]] = connection.ask("/v1/models")["data"]
-    named = [one for one in models if model in (None, one["id"])]
-    if not named:
-        known = ", ".join(str(one["id"]) for one in models)
-        raise ConfigError(f"{connection.shown} has no model {model!r}, only {known}")
     if kind is not None and kind not in SERVERS:
         raise ConfigError(f"`kind` is {kind!r}; use {', '.join(SERVERS)}, or omit it")
+    with connection.reading(kind or "a server of models"):
+        return _connected(connection, codec, model, kind)
+
+
+def _connected(
+    connection: Connection, codec: TextCodec, model: str | None, kind: str | None
+) -> ModelServer:
+    models: list[dict[str, Any]] = connection.ask("/v1/models")["data"]
+    known = [str(one["id"]) for one in models]
+    named = [one for one in models if model in (None, one["id"])]
+    if not known:
+        raise ServeError(f"{connection.shown} has no model; start it with one")
+    if not named:
+        raise ConfigError(f"{connection.shown} has no model {model!r}, only {', '.join(known)}")
     owner = named[0].get("owned_by")
     server = SERVERS.get(kind) if kind is not None else _OWNERS.get(str(owner))
     if server is None:

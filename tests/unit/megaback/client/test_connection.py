@@ -13,6 +13,7 @@ from megaback.client import connection
 from megaback.client.connection import Connection
 
 KEY = "sk-not-for-others-0123456789"
+OTHER_ANSWERS = (b"<html>", b"[1]", b"[" * 100_000, b'{"n": NaN}', b'{"n": "\xff"}', b" " * 2000)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -34,13 +35,20 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(302, b"", Location="/elsewhere")
         elif self.path == "/refused":
             self._answer(400, json.dumps({"error": {"message": "no such field"}}).encode())
+        elif self.path.startswith("/other"):
+            self._answer(200, OTHER_ANSWERS[int(self.path.removeprefix("/other"))])
         else:
             self._answer(200, b'{"found": true}')
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
         events = b': a comment\n\ndata: {"n": 1}\n\ndata: {"n": 2}\n\n'
-        ends = {"/cut": b"", "/failed": b'data: {"error": {"message": "out of memory"}}\n\n'}
+        ends = {
+            "/cut": b"",
+            "/failed": b'data: {"error": {"message": "out of memory"}}\n\n',
+            "/other": b"data: 3\n\n",
+            "/endless": b"data: " + b"a" * 3000,
+        }
         self._answer(200, events + ends.get(self.path, b"data: [DONE]\n\n"))
 
     def log_message(self, *_: Any) -> None:
@@ -65,7 +73,7 @@ def test_a_busy_server_is_asked_again_with_the_key(url: str) -> None:
 
 
 def test_a_redirect_is_an_error_so_that_the_key_goes_nowhere_else(url: str) -> None:
-    with pytest.raises(ServeError, match="answers 302"):
+    with pytest.raises(ServeError, match="answers 302: it has moved to /elsewhere"):
         Connection(url).ask("/moved")
     assert [path for path, _ in _Handler.asked] == ["/moved"]
 
@@ -83,6 +91,26 @@ def test_events_are_read_to_the_end_or_it_is_an_error(url: str) -> None:
         list(found.events("/cut", {}))
     with pytest.raises(ServeError, match="stopped: out of memory"):
         list(found.events("/failed", {}))
+
+
+@pytest.mark.parametrize("number", range(len(OTHER_ANSWERS)))
+def test_an_answer_of_another_form_or_without_end_is_an_error(
+    url: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(connection, "_MAX_ANSWER_BYTES", 1000)
+    with pytest.raises(ServeError, match="does not answer as a server of models"):
+        Connection(url).ask(f"/other{number}")
+
+
+@pytest.mark.parametrize(
+    ("path", "named"), [("/other", "3 is not an object"), ("/endless", "more than 2,000 bytes")]
+)
+def test_an_event_of_another_form_or_without_end_is_an_error(
+    url: str, monkeypatch: pytest.MonkeyPatch, path: str, named: str
+) -> None:
+    monkeypatch.setattr(connection, "_MAX_EVENT_BYTES", 2000)
+    with pytest.raises(ServeError, match=named):
+        list(Connection(url).events(path, {}))
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,21 @@
 
 from collections.abc import Callable, Generator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from data_pipeline.errors import ConfigError, PromptError
+from data_pipeline.errors import (
+    ConfigError,
+    MegabackError,
+    PromptError,
+    ServeError,
+    TokenizerMismatchError,
+)
 from data_pipeline.text.codec import TextCodec
 from megaback.client.connection import Connection
 from megaback.client.samples import sampled_ids
-from megaback.client.servers import ModelServer, Request
+from megaback.client.servers import LlamaCppServer, ModelServer, Request, VllmServer, connect
 from megaback.inference.sampling import SamplingOptions
 
 Codecs = Callable[..., TextCodec]
@@ -29,7 +36,7 @@ class Counting(ModelServer):
         self.asked: list[Request] = []
         self._ends_after = ends_after
 
-    def new_ids(self, request: Request) -> Generator[list[int], None, None]:
+    def _new_ids(self, request: Request) -> Generator[list[int], None, None]:
         assert len(request.ids) + request.max_tokens <= CONTEXT_TOKENS
         self.asked.append(request)
         last = request.ids[-1]
@@ -83,3 +90,90 @@ def test_what_the_server_cannot_do_is_refused_by_name(codec: Codecs) -> None:
     cold = replace(OPTIONS, temperature=0.001)
     with pytest.raises(ConfigError, match=r"`temperature` is 0\.001, and counting raises it"):
         next(sampled_ids(Counting(None), codec(), codec().prompt("a"), cold))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "named"),
+    [
+        ([10**9], TokenizerMismatchError, r"wrote id 1000000000, .* has [0-9]+ ids"),
+        ([-3], TokenizerMismatchError, "wrote id -3"),
+        (["a"], TokenizerMismatchError, "wrote id 'a'"),
+        ([3], ServeError, "began with id 3, which it was asked not to"),
+    ],
+)
+def test_ids_that_were_not_asked_for_are_an_error_and_never_a_text(
+    codec: Codecs, wrong: list[Any], kind: type[MegabackError], named: str
+) -> None:
+    class Wrong(Counting):
+        def _new_ids(self, request: Request) -> Generator[list[int], None, None]:
+            del request
+            yield wrong
+
+    with pytest.raises(kind, match=named):
+        next(sampled_ids(Wrong(None), codec(), codec().prompt("the end."), OPTIONS))
+
+
+def test_more_ids_than_asked_for_are_an_error(codec: Codecs) -> None:
+    class Endless(Counting):
+        def _new_ids(self, request: Request) -> Generator[list[int], None, None]:
+            yield [request.first_ids[0]] if request.first_ids else [300] * 1000
+
+    with pytest.raises(ServeError, match="wrote more than the"):
+        list(sampled_ids(Endless(None), codec(), codec().prompt("the end."), OPTIONS))
+
+
+class Canned(Connection):
+    """A connection with one answer to everything."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__("http://127.0.0.1:1")
+        self._answer = answer
+
+    def ask(self, path: str, fields: Any = None) -> dict[str, Any]:
+        del path, fields
+        found: dict[str, Any] = self._answer
+        return found
+
+    def events(self, path: str, fields: Any) -> Generator[dict[str, Any], None, None]:
+        del path, fields
+        yield self._answer
+
+
+@pytest.mark.parametrize(
+    ("server", "answer", "named"),
+    [
+        (VllmServer, {"x": 1}, "does not answer as vllm does .KeyError: 'choices'"),
+        # A proxy that drops fields which it does not know.
+        (VllmServer, {"choices": [{"text": "abc"}]}, "wrote None tokens and sent the ids of 0"),
+        (VllmServer, {"choices": [], "usage": 5}, "does not answer as vllm does .TypeError"),
+        (LlamaCppServer, {"tokens": None, "stop_type": "eos"}, "does not answer as llama.cpp"),
+        (LlamaCppServer, {"tokens": [], "stop_type": "limit"}, "sent no ids"),
+    ],
+)
+def test_answers_without_ids_are_an_error_and_no_empty_text(
+    codec: Codecs, server: type[ModelServer], answer: Any, named: str
+) -> None:
+    canned = server(Canned(answer), "model", CONTEXT_TOKENS)
+    with pytest.raises(ServeError, match=named):
+        list(sampled_ids(canned, codec(), codec().prompt("the end."), OPTIONS))
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        {},
+        {"data": None},
+        {"data": ["model"]},
+        {"data": [{"id": "model", "owned_by": "vllm"}]},
+        {"data": [{"id": "model", "owned_by": "vllm", "max_model_len": None}]},
+        {"data": [{"id": "model", "owned_by": "llamacpp"}]},
+    ],
+)
+def test_a_list_of_models_of_another_form_is_an_error(codec: Codecs, models: Any) -> None:
+    with pytest.raises(ServeError, match="does not answer as a server of models"):
+        connect(Canned(models), codec())
+
+
+def test_a_server_without_models_is_an_error(codec: Codecs) -> None:
+    with pytest.raises(ServeError, match="has no model; start it with one"):
+        connect(Canned({"data": []}), codec())
