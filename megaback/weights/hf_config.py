@@ -6,9 +6,12 @@ cannot express are errors, never dropped.
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from data_pipeline.common.checked_json import briefly, checked
 from data_pipeline.errors import RunMismatchError
 from megaback.config import ModelSection
+from megaback.config_messages import sentence
 
 _MODEL_TYPES = {False: "llama", True: "qwen3"}
 """Model types by whether they have qk_norm."""
@@ -18,6 +21,7 @@ _DEFAULT_THETA = 10_000.0
 _QWEN3_HEAD_DIM = 128
 _UNSCALED = {"rope_type": "default"}
 _SCALED_TYPE = "llama3"
+_FULL_ATTENTION = "full_attention"
 _SCALING = {
     "factor": "rope_scaling_factor",
     "low_freq_factor": "rope_low_frequency_factor",
@@ -97,6 +101,11 @@ def from_stock(fields: dict[str, Any], where: str) -> ModelSection:
             raise RunMismatchError(
                 f"{where} has {name} = {briefly(value)}; only {meant!r} is supported"
             )
+    if others := {str(kind) for kind in fields.get("layer_types") or ()} - {_FULL_ATTENTION}:
+        raise RunMismatchError(
+            f"{where} has layer_types with {briefly(min(others))}; only {_FULL_ATTENTION!r} is "
+            "supported"
+        )
     try:
         width = checked("hidden_size", fields["hidden_size"], int)
         num_heads = checked("num_attention_heads", fields["num_attention_heads"], int)
@@ -114,15 +123,21 @@ def from_stock(fields: dict[str, Any], where: str) -> ModelSection:
             **_rotary(fields, where),
             norm_epsilon=fields.get("rms_norm_eps", _DEFAULT_EPSILON),
         )
+    except ValidationError as error:
+        raise _unsupported(where, sentence(error, ModelSection)) from None
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())
-        raise RunMismatchError(f"{where} does not describe a supported model: {reason}") from None
+        raise _unsupported(where, " ".join(str(error).split())) from None
+
+
+def _unsupported(where: str, reason: str) -> RunMismatchError:
+    return RunMismatchError(f"{where} does not describe a supported model: {reason}")
 
 
 def _rotary(fields: dict[str, Any], where: str) -> dict[str, Any]:
     """Fields of a shape for rotary positions."""
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
+    # Of both, transformers uses the older name's.
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"its rotary positions are {briefly(rope)}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", _SCALED_TYPE):

@@ -19,7 +19,12 @@ from data_pipeline.common.checked_json import briefly, checked, read_json
 from data_pipeline.common.limits import MAX_TOKENIZER_BYTES
 from data_pipeline.common.number_ranges import CONTEXT, VOCABULARY
 from data_pipeline.common.regular_files import read_file
-from data_pipeline.errors import CheckpointMissingError, RunMismatchError, TokenizerError
+from data_pipeline.errors import (
+    CheckpointCorruptError,
+    CheckpointMissingError,
+    RunMismatchError,
+    TokenizerError,
+)
 from data_pipeline.text.codec import Directions, TextFormat, Unit
 from data_pipeline.text.tokenizer import TOKENIZER_NAMES
 from data_pipeline.tokenizer.markers import MarkedTokenizer, with_markers
@@ -118,6 +123,11 @@ def open_import(
 
     def read(name: str) -> Tensor:
         weight = weights.read(name)
+        if not weight.to(_stored(weight.dtype)).isfinite().all():
+            raise CheckpointCorruptError(
+                f"{name:.200} of {path} has non-finite values; import an earlier checkpoint of "
+                "that model"
+            )
         return with_mean_rows(weight, shapes[name][0]) if name in _OF_PIECES else weight
 
     source = WeightSource(description, marked.content, shapes, read)

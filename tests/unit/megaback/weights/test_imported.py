@@ -137,6 +137,22 @@ REFUSED: dict[str, tuple[dict[str, object], type[MegabackError], str]] = {
     "model type": ({"model_type": "mixtral"}, RunMismatchError, "model_type 'mixtral'"),
     "bias": ({"attention_bias": True}, RunMismatchError, "attention_bias = True"),
     "window": ({"use_sliding_window": True}, RunMismatchError, "use_sliding_window = True"),
+    "layer types": (
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        RunMismatchError,
+        "layer_types with 'sliding_attention'",
+    ),
+    "rope of layers": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+        RunMismatchError,
+        "its rotary positions are",
+    ),
+    "rope of both names": (
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}},
+        RunMismatchError,
+        "rope_type = 'yarn'",
+    ),
+    "range": ({"num_hidden_layers": 10**9}, RunMismatchError, "num_layers = 1000000000: Input"),
     "rope": ({"rope_parameters": {"rope_type": "yarn"}}, RunMismatchError, "rope_type = 'yarn'"),
     "shape": ({"head_dim": 8}, CheckpointCorruptError, "o_proj.weight has shape [32, 64]"),
     "layers": ({"num_hidden_layers": 1}, CheckpointCorruptError, "is unexpected"),
@@ -189,3 +205,18 @@ def test_a_folder_without_config_or_tokenizer_needs_others(theirs: Path, tmp_pat
     )
 
     assert model.source.description.context_tokens == 64
+
+
+def test_non_finite_weights_are_refused(theirs: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for path in theirs.glob("model*.safetensors"):
+        weights = load_file(path)
+        if "model.norm.weight" in weights:
+            weights["model.norm.weight"][3] = torch.inf
+            save_file(weights, path)
+
+    source = open_import(theirs, Directions.BACKWARD).source
+
+    with pytest.raises(CheckpointCorruptError, match=r"model\.norm\.weight of .* has non-finite"):
+        source.read("model.norm.weight")
