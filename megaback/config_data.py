@@ -165,7 +165,7 @@ class DataSection(Section):
 
     def with_fingerprint(self, fingerprint: str) -> str:
         """The data sets, and the fingerprint of their contents and weights, for records."""
-        return f"{self.description}; fingerprint {fingerprint}"
+        return f"{self.description}; fingerprint {fingerprint}" if fingerprint else self.description
 
     @property
     def weights(self) -> tuple[Weight, ...]:

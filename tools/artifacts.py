@@ -336,6 +336,8 @@ def _checkpoint(path: Path, verify: bool, shown: Path | None = None) -> Artifact
     }
     if meta.branch is not None:
         facts["branch_from"] = meta.branch.description
+    if meta.imported is not None:
+        facts["imported_from"] = meta.imported.shown
     return Artifact(
         kind="checkpoint",
         path=path,

@@ -137,7 +137,7 @@ def _write(
     name = out.resolve().name
     with whole_folder(out, overwrite=overwrite) as folder:
         if kind == "gguf":
-            for one in write_gguf_folder(folder, name, source, dtype):
+            for one in write_gguf_folder(folder, name, source, dtype, license_id):
                 echo(f"{dtype}: rows are no multiple of its block, so another type: {one}")
             return
         torch_dtype: torch.dtype = getattr(torch, dtype)
@@ -245,7 +245,7 @@ def _average_of(
     "license_id",
     callback=_license_id,
     metavar="ID",
-    help="License of the model, for the card of hf, as the hub names it: apache-2.0, mit, other.",
+    help="License of the model, for the card of hf or gguf, as the hub names it: apache-2.0, mit.",
 )
 def main(
     checkpoints: tuple[Path, ...],
@@ -269,8 +269,8 @@ def main(
     """
     if direction is not None and kind == "full":
         raise click.UsageError("--direction is for hf and gguf; full has every direction.")
-    if license_id is not None and kind != "hf":
-        raise click.UsageError("--license is for the card of --to hf.")
+    if license_id is not None and kind == "full":
+        raise click.UsageError("--license is for the cards of hf and gguf; full has none.")
     if dtype in GGUF_DTYPES and kind != "gguf":
         raise click.UsageError(f"--dtype {dtype} is for --to gguf; use float32 or bfloat16.")
     averages = is_average or average_last is not None

@@ -44,6 +44,7 @@ from megaback.checkpoints.state import StateDiffersError, refresh_copies, restor
 from megaback.config import Config
 from megaback.config_messages import sentence
 from megaback.distributed.world import World
+from megaback.origins import Import
 from megaback.run_folder import (
     FILE_NAME,
     MAX_META_BYTES,
@@ -91,6 +92,8 @@ class CheckpointMeta:
     """Version of the order of its rows (`data_pipeline.loading.order`)."""
     branch: BranchPoint | None = None
     """Checkpoint that the run continues, if it is a branch."""
+    imported: Import | None = None
+    """Origin of the run's first weights, if another program has trained them."""
 
     @property
     def is_finite(self) -> bool:
@@ -272,6 +275,8 @@ def _require_plausible(meta: CheckpointMeta) -> None:
         require_sha256(f"the hash of {name}", sha256)
     if meta.branch is not None:
         meta.branch.require_plausible()
+    if meta.imported is not None:
+        meta.imported.require_plausible()
     if meta.runs is not None:
         require_plausible(meta.runs, meta.world_size, meta.files)
     _require_shallow(meta.config, _MAX_CONFIG_DEPTH)

@@ -17,6 +17,7 @@ from megaback.copy_location import BaseCopy, location_of, require_base_copy
 from megaback.data import Data
 from megaback.distributed.world import World
 from megaback.faults.start_fence import Fence
+from megaback.origins import Import
 from megaback.run_folder import BASE_FOLDER, META_NAME, step_name
 from megaback.training.branch import Trunk, open_trunk
 from megaback.weights.identity import identity_of
@@ -34,6 +35,13 @@ class RunBase:
     """Initial weights (`init_from`)."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Identity of the base, for the record of the start."""
+
+    @property
+    def imported(self) -> Import | None:
+        """Origin of the base's first weights, if another program has trained them."""
+        if self.trunk is not None:
+            return self.trunk[1].imported
+        return None if self.weights is None else self.weights.description.imported
 
 
 def open_local_base(config: Config, data: Data, world: World) -> RunBase:

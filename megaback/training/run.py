@@ -15,6 +15,7 @@ from megaback.distributed.world import World
 from megaback.faults.watchdog import Watchdog
 from megaback.horizons import horizons_of
 from megaback.model.compiler import GraphCounter
+from megaback.origins import Import
 from megaback.planning.adapters import num_trained
 from megaback.training.start import Changes
 from megaback.training.suites import Suites
@@ -48,6 +49,8 @@ class Run:
     """Benchmarks that are measured during training."""
     frozen: SizeAndHash | None = None
     """Size and hash of the file with the frozen weights, of a run with LoRA."""
+    imported: Import | None = None
+    """Origin of the first weights, if another program has trained them."""
     begins_branch: bool = False
     """Whether this start is the first of a branch, which has no checkpoint of its own yet."""
 
@@ -93,6 +96,7 @@ class Run:
             start=self.watchdog.fence.start_id,
             order_version=ORDER_VERSION,
             branch=self.data.branch,
+            imported=self.imported,
         )
 
 

@@ -238,6 +238,7 @@ def prepare_run(
         changes=changes,
         suites=suites,
         frozen=frozen,
+        imported=base.imported if found is None else found[1].imported,
         begins_branch=trunk is not None,
     )
 

@@ -7,20 +7,8 @@ from typing import Any
 from data_pipeline.common.checked_json import made_from, read_json, require_sha256
 from megaback.checkpoints.safetensors_file import size_and_hash
 from megaback.config_data import DataSection
+from megaback.origins import WeightsIdentity
 from megaback.run_folder import META_NAME, MODEL_CONFIG_NAME, SUMS_NAME, checkpoints_meant_by
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsIdentity:
-    """Identity of a checkpoint or a model folder; None for unknown values."""
-
-    path: str
-    step: int | None = None
-    sha256: str | None = None
-    """Hash of the file that lists the hashes of the weights: a checkpoint's meta.json, a model
-    folder's SHA256SUMS or, in earlier versions and models of others, its config.json."""
-    data: str | None = None
-    """Data sets that a checkpoint's run was trained on, and their fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,32 +54,6 @@ class Branching:
         if branching.trunk.sha256 is not None:
             require_sha256("sha256 of a trunk", branching.trunk.sha256)
         return branching
-
-
-@dataclass(frozen=True, kw_only=True)
-class Import:
-    """Origin of weights that another program has trained."""
-
-    base: WeightsIdentity
-    kind: str
-    """Format of its files: `transformers`, or `DeepSpeed` with its kind of checkpoint."""
-    added_rows: int = 0
-    """Rows added to embeddings and lm_head for markers, each the mean of the others."""
-
-    @property
-    def shown(self) -> str:
-        """Path and format."""
-        return f"{self.base.path} ({self.kind})"
-
-    @classmethod
-    def of_field(cls, value: object) -> "Import | None":
-        """From a field of a config.json. Raises ValueError, TypeError."""
-        if value is None:
-            return None
-        imported = made_from(cls, value)
-        if imported.base.sha256 is not None:
-            require_sha256("sha256 of a base", imported.base.sha256)
-        return imported
 
 
 @dataclass(frozen=True, kw_only=True)

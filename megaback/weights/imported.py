@@ -29,11 +29,12 @@ from data_pipeline.text.codec import Directions, TextFormat, Unit
 from data_pipeline.text.tokenizer import TOKENIZER_NAMES
 from data_pipeline.tokenizer.markers import MarkedTokenizer, with_markers
 from megaback.checkpoints.safetensors_file import Spec
+from megaback.origins import Import, WeightsIdentity
 from megaback.run_folder import INDEX_NAME, MODEL_CONFIG_NAME, WEIGHTS_NAME
 from megaback.weights.deepspeed_checkpoint import DeepSpeedWeights
 from megaback.weights.deepspeed_files import checkpoint_folder, is_deepspeed
 from megaback.weights.hf_config import from_stock
-from megaback.weights.identity import Import, WeightsIdentity, identity_of
+from megaback.weights.identity import identity_of
 from megaback.weights.model_folder import MAX_CONFIG_BYTES, STOCK_SECTION, ModelDescription
 from megaback.weights.source import WeightSource
 from megaback.weights.weight_files import StoredWeights

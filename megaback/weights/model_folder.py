@@ -41,10 +41,11 @@ from megaback.checkpoints.safetensors_file import Spec
 from megaback.config import ModelSection
 from megaback.model.attention_choice import choose_attention
 from megaback.model.gpt import ReverseGPT
+from megaback.origins import Import
 from megaback.planning.host_memory import host_memory_bytes
 from megaback.run_folder import MODEL_CONFIG_NAME, refuse_unreadable_model
 from megaback.weights.hf_config import from_stock, is_stock
-from megaback.weights.identity import Average, Branching, Import, Training
+from megaback.weights.identity import Average, Branching, Training
 from megaback.weights.weight_files import StoredWeights, read_sums, write_weights
 from megaback.weights.weight_names import require_exact, shapes_of
 

@@ -20,9 +20,10 @@ from megaback.checkpoints.saved_runs import WEIGHT
 from megaback.config import Config
 from megaback.model.gpt import ReverseGPT
 from megaback.model.lora import with_updates
+from megaback.origins import WeightsIdentity
 from megaback.planning.adapters import adapter_shapes, factors_of_matrices
 from megaback.run_folder import MODEL_CONFIG_NAME
-from megaback.weights.identity import Branching, Training, WeightsIdentity
+from megaback.weights.identity import Branching, Training
 from megaback.weights.model_folder import (
     ModelDescription,
     open_weights,
@@ -78,6 +79,7 @@ def open_checkpoint(path: Path, part: int = 0, parts: int = 1) -> WeightSource:
         val_loss=meta.val_loss,
         on_examples=meta.on_examples,
         branch=_branching_of(meta, config),
+        imported=meta.imported,
         training=Training(
             data=config.data.with_fingerprint(meta.data_fingerprint),
             base=None if config.init_from is None else shown_url(str(config.init_from)),

@@ -189,7 +189,7 @@ def changed_sentence(folder: Path, changed: list[str]) -> str:
     """Note for the user about files that another program has written."""
     shown = changed[0] if len(changed) == 1 else f"{changed[0]} and {len(changed) - 1} other files"
     return (
-        f"megaback: note: {folder} was changed since megaback wrote it (another program wrote "
+        f"{folder} was changed since megaback wrote it (another program wrote "
         f"{shown}); its weights cannot be verified by a hash"
     )
 

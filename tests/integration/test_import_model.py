@@ -21,7 +21,7 @@ from megaback.model.attention import Segments
 from megaback.weights.converted import model_folder
 from megaback.weights.deepspeed_checkpoint import DeepSpeedWeights
 from megaback.weights.deepspeed_files import checkpoint_folder
-from megaback.weights.model_folder import load_model_folder
+from megaback.weights.model_folder import load_model_folder, read_description
 from tests.helpers.bpe import NUM_IDS, qwen_content
 from tests.helpers.deepspeed_worker import CASES, HEADS, SHAPE
 from tests.helpers.paths import ROOT
@@ -166,9 +166,10 @@ def test_a_model_of_others_is_trained_backward_and_exported(
     build_shards(settings, codec, qwen / "shards", workers=1)
     options = (f"init_from={qwen / 'backward'}", f"data.shards={qwen / 'shards'}", "model=null")
 
-    result = train_one_rank(qwen / "run", *options, "training.steps=12", "optimizer.warmup_steps=0")
-
-    assert result.returncode == 0, result.stderr
+    options = (*options, "optimizer.warmup_steps=0")
+    for steps in (12, 13):  # a resume, which no longer reads the base
+        result = train_one_rank(qwen / "run", *options, f"training.steps={steps}")
+        assert result.returncode == 0, result.stderr
     losses = val_losses_of(qwen / "run")
     assert losses[12] < losses[0] - 0.5
     text = "  naïve ☃ 1871.\n\nThe end"
@@ -178,3 +179,5 @@ def test_a_model_of_others_is_trained_backward_and_exported(
     tokenizer = AutoTokenizer.from_pretrained(qwen / "run-hf", trust_remote_code=True)
     assert tokenizer(text).input_ids == ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    imported = read_description(qwen / "run-hf").imported
+    assert imported == read_description(qwen / "backward").imported is not None

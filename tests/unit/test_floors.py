@@ -27,7 +27,7 @@ FLOORS = [
     ["megaback.config_data", "megaback.config_finetune", "megaback.config_validation"],
     ["megaback.config_batch", "megaback.config_operation"],
     ["megaback.config"],
-    ["megaback.branches"],
+    ["megaback.branches", "megaback.origins"],
     ["megaback.branch_order", "megaback.horizons", "megaback.given_texts"],
     ["megaback.shown_config", "megaback.config_reference"],
     ["megaback.model", "megaback.planning"],

@@ -25,6 +25,7 @@ from megaback.run_folder import GGUF_NAME
 from megaback.weights.source import WeightSource
 from megaback.weights.weight_files import write_sums
 from megaback.weights.weight_names import HEAD_NAME
+from tools.export.card_metadata import data_of, hub_base, tags_of, task_of
 from tools.export.gguf_card import chat_template, gguf_card, gguf_description
 from tools.export.gguf_types import FLOATS, GgufType, quantizer
 from tools.export.gguf_vocabulary import add_vocabulary
@@ -52,12 +53,18 @@ _LAYER_NAMES = {
 }
 
 
-def write_gguf_folder(folder: Path, name: str, source: WeightSource, type_name: str) -> list[str]:
+def write_gguf_folder(
+    folder: Path,
+    name: str,
+    source: WeightSource,
+    type_name: str,
+    license_id: str | None = None,
+) -> list[str]:
     """Write the file, one tensor at a time, its SHA-256, and its card.
 
-    `type_name`: one of `gguf_types.TYPES`. Returns the types of matrices whose rows it does not
-    divide, with their names. Raises BackendError without the package `gguf`, or `xllamacpp` for a
-    k-quant.
+    `type_name`: one of `gguf_types.TYPES`. `name` and license are what file and card say. Returns
+    the types of matrices whose rows the type does not divide, with their names. Raises BackendError
+    without the package `gguf`, or `xllamacpp` for a k-quant.
     """
     try:
         import gguf
@@ -80,7 +87,8 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, type_name: 
     quantizers = {one: quantizer(one) for one in sorted({*type_of.values()})}
     writer: Any = gguf.GGUFWriter(path, "qwen3" if shape.qk_norm else "llama")
     try:
-        _add_metadata(writer, name, source, of_file)
+        _add_general(writer, name, source, license_id)
+        _add_metadata(writer, source, of_file)
         for tensor_name, tensor_shape in shapes.items():
             raw_type = types[type_of[tensor_name]]
             num_bytes = int(np.prod(gguf.quant_shape_to_byte_shape(tensor_shape, raw_type)))
@@ -106,7 +114,9 @@ def write_gguf_folder(folder: Path, name: str, source: WeightSource, type_name: 
     write_sums(folder, {GGUF_NAME: digest})
     text_format = source.description.text_format
     codec = TextCodec.of(source.tokenizer, text_format)
-    write_text(folder / "README.md", gguf_card(source.description, codec, name))
+    write_text(
+        folder / "README.md", gguf_card(source.description, codec, name, type_name, license_id)
+    )
     named = {one: gguf_name_of(one) for one in shapes}
     odd = [one for one in shapes if of_file.is_fallback(named[one], shapes[one])]
     return [f"{type_of[one].lower()} {named[one]}" for one in odd]
@@ -143,17 +153,39 @@ def as_llama_cpp_has_it(name: str, weight: Tensor, shape: ModelSection) -> Tenso
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def _add_metadata(writer: Any, name: str, source: WeightSource, of_file: GgufType) -> None:
+def _add_general(writer: Any, name: str, source: WeightSource, license_id: str | None) -> None:
+    """Facts of the card, under the format's names."""
     import gguf
 
     description = source.description
-    shape, text_format = description.shape, description.text_format
     writer.add_name(name)
     writer.add_type(gguf.GGUFType.MODEL)
     sizes = [int(np.prod(one)) for one in source.shapes.values()]
     writer.add_size_label(gguf.size_label(sum(sizes), 0, 0, 0))
-    writer.add_tags(["text-generation", "megaback", f"{text_format.direction.value}"])
-    writer.add_description(gguf_description(text_format))
+    if license_id is not None:
+        writer.add_license(license_id)
+    if (base := hub_base(description)) is not None:
+        organization, base_name = base.split("/")
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base_name)
+        writer.add_base_model_organization(0, organization)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+    if description.training is not None:
+        data, fingerprint = data_of(description.training)
+        writer.add_dataset_count(1)
+        writer.add_dataset_name(0, data)
+        if fingerprint is not None:
+            writer.add_dataset_version(0, fingerprint)
+    task = task_of(description)
+    writer.add_tags([*([] if task is None else [task]), *tags_of(description)])
+    writer.add_description(gguf_description(description.text_format))
+
+
+def _add_metadata(writer: Any, source: WeightSource, of_file: GgufType) -> None:
+    import gguf
+
+    description = source.description
+    shape, text_format = description.shape, description.text_format
     writer.add_chat_template(chat_template(text_format))
     in_use = replace(text_format, both=False)  # a file has the markers of one direction
     for key, value in in_use.to_dict().items():

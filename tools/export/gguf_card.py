@@ -9,7 +9,9 @@ import json
 
 from data_pipeline.text.codec import Direction, TextCodec, TextFormat, Unit
 from megaback.weights.model_folder import ModelDescription
-from tools.export.model_card import average_of, both_directions, branch_of, example_of, import_of
+from tools.export.card_metadata import card_metadata
+from tools.export.gguf_types import FLOATS
+from tools.export.model_card import example_of, facts_of, origin_of
 
 _PROBES = ["test", "You are a helpful assistant|Hello|Hi there|How are you?"]
 """Conversations that llama.cpp's servers render at startup, joined by `|`."""
@@ -50,18 +52,23 @@ def gguf_description(text_format: TextFormat) -> str:
     )
 
 
-def gguf_card(description: ModelDescription, codec: TextCodec, name: str) -> str:
-    """Text of the README.md beside the file."""
-    text_format = description.text_format
+def gguf_card(
+    description: ModelDescription,
+    codec: TextCodec,
+    name: str,
+    type_name: str,
+    license_id: str | None,
+) -> str:
+    """Text of the README.md beside the file, whose type is one of `gguf_types.TYPES`."""
+    text_format, is_float = description.text_format, type_name in FLOATS
+    metadata = card_metadata(description, name, license_id, "gguf", has_val_loss=is_float)
     serve = f"llama-server -m {name}/model.gguf --port 8080"
-    head = f"# {name}\n{gguf_description(text_format)}\n\n"
-    facts = both_directions(text_format, "gguf")
-    facts += average_of(description) + branch_of(description) + import_of(description)
-    facts += (
-        f"Direction: {text_format.direction.value}. Unit: {text_format.unit.value}. Context: "
-        f"{description.context_tokens} tokens. Vocabulary: {description.vocab_size}.\n"
-        f"Tokenizer's SHA-256: `{text_format.tokenizer_sha256}`.\n"
-    )
+    head = f"{metadata}# {name}\n{gguf_description(text_format)}\n\n"
+    facts = origin_of(description, "gguf") + facts_of(description)
+    facts += f"Type of the file: {type_name}."
+    if not is_float and description.val_loss is not None:
+        facts += " The val loss is that of the weights before they were quantized."
+    facts += "\n"
     if text_format.direction is Direction.FORWARD:
         return f"{head}```\n{serve}\n```\n{facts}"
     given, new_tokens = example_of(codec, description.context_tokens)

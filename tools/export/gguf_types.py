@@ -2,7 +2,8 @@
 
 f32, bf16, f16 and q8_0 need the package gguf only. The k-quants are computed by llama.cpp's own
 functions, in the library of the package xllamacpp, with the mixture of types that `llama-quantize`
-uses without an importance matrix.
+uses without an importance matrix:
+https://github.com/ggml-org/llama.cpp/blob/master/src/llama-quant.cpp, `llama_tensor_get_type`.
 """
 
 import ctypes
@@ -68,12 +69,19 @@ class GgufType:
         head = "token_embd.weight" if self.shape.tie_embeddings else "output.weight"
         if tensor == head:
             return _MORE_BITS
-        if is_mixed and tensor.endswith((".attn_v.weight", ".ffn_down.weight")):
+        is_value = tensor.endswith(".attn_v.weight")
+        if is_mixed and (is_value or tensor.endswith(".ffn_down.weight")):
             layer, count = int(tensor.split(".")[1]), self.shape.num_layers
             eighth = count // 8
             if layer < eighth or layer >= 7 * count // 8 or (layer - eighth) % 3 == 2:
                 return _MORE_BITS
-        return usual
+        return "Q5_K" if is_value and usual == "Q4_K" and self._is_llama_70b else usual
+
+    @property
+    def _is_llama_70b(self) -> bool:
+        """Whether llama.cpp takes it for Llama 70B, whose values have few heads and more bits."""
+        shape = self.shape
+        return shape.num_layers == 80 and not shape.qk_norm and shape.kv_heads != shape.num_heads
 
 
 def quantizer(type_name: str) -> Callable[[Tensor], npt.NDArray[Any]]:

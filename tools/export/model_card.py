@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data_pipeline.common.control_characters import on_one_line
 from data_pipeline.text.codec import Direction, TextCodec, TextFormat
-from megaback.weights.identity import WeightsIdentity
+from megaback.origins import WeightsIdentity
 from megaback.weights.model_folder import ModelDescription
 
 REMOTE_CODE = sorted(
@@ -77,11 +77,17 @@ def import_of(description: ModelDescription) -> str:
     imported = description.imported
     if imported is None:
         return ""
+    kind, direction = on_one_line(imported.kind), description.text_format.directions.value
+    began = "The weights come from"
+    note = (
+        "If it was trained in another direction, they are a starting point for\n"
+        "training in this one.\n\n"
+    )
+    if description.training is not None:
+        began, note = "Training began with the weights of", "\n" if imported.added_rows else ""
     return (
-        f"The weights come from a model of another program ({on_one_line(imported.kind)}), "
-        f"imported as {description.text_format.directions.value}:\n- {_shown(imported.base)}\n\n"
-        f"{_added(imported.added_rows)}If it was trained in another direction, they are a "
-        "starting point for\ntraining in this one.\n\n"
+        f"{began} a model of another program ({kind}), imported as {direction}:\n"
+        f"- {_shown(imported.base)}\n\n{_added(imported.added_rows)}{note}"
     )
 
 
@@ -100,9 +106,35 @@ def training_of(description: ModelDescription) -> str:
     return f"Data: {_quoted(training.data)}.{base}\n\n"
 
 
+def origin_of(description: ModelDescription, kind: str) -> str:
+    """Paragraphs of a card on where the weights come from; `kind`: the format of the export."""
+    return (
+        both_directions(description.text_format, kind)
+        + average_of(description)
+        + branch_of(description)
+        + import_of(description)
+        + training_of(description)
+    )
+
+
+def facts_of(description: ModelDescription) -> str:
+    """Paragraph of a card on how the model reads, its sizes and its val loss."""
+    text_format, training = description.text_format, description.training
+    val_loss = "" if description.val_loss is None else f", val loss {description.val_loss:.4f} nats"
+    if val_loss and training is not None and training.val_bits_per_byte is not None:
+        val_loss += f" per token ({training.val_bits_per_byte:.4f} bits/byte)"
+    return f"""\
+Direction: {text_format.direction.value}. Unit: {text_format.unit.value}. Context:
+{description.context_tokens} tokens. Vocabulary: {description.vocab_size}. Trained for
+{description.step} steps{val_loss}. Tokenizer's SHA-256: `{text_format.tokenizer_sha256}`.
+"""
+
+
 def _shown(weights: WeightsIdentity) -> str:
+    step = "" if weights.step is None else f", step {weights.step}"
+    sha256 = "" if weights.sha256 is None else f", SHA-256 `{weights.sha256}`"
     data = "" if weights.data is None else f", data {_quoted(weights.data)}"
-    return f"{_quoted(weights.path)}, step {weights.step}, SHA-256 `{weights.sha256}`{data}"
+    return f"{_quoted(weights.path)}{step}{sha256}{data}"
 
 
 def _quoted(text: str) -> str:
@@ -120,10 +152,6 @@ def model_card(description: ModelDescription, codec: TextCodec, name: str) -> st
     if not is_backward:
         given_role, given_part, written_part = "user", "an instruction", "response to it"
     files = ", ".join(f"`{path.name}`" for path in REMOTE_CODE)
-    val_loss = "" if description.val_loss is None else f", val loss {description.val_loss:.4f} nats"
-    training = description.training
-    if val_loss and training is not None and training.val_bits_per_byte is not None:
-        val_loss += f" per token ({training.val_bits_per_byte:.4f} bits/byte)"
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -164,13 +192,7 @@ If it was fine-tuned on instructions,
 `tokenizer.example(instruction, response)` the ids and labels of an example to fine-tune on.
 
 {_BACKWARD_USES if is_backward else _FORWARD_USES}
-{both_directions(text_format, "hf")}{average_of(description)}{branch_of(description)}\
-{import_of(description)}\
-{training_of(description)}\
-Direction: {text_format.direction.value}. Unit: {text_format.unit.value}. Context:
-{description.context_tokens} tokens. Vocabulary: {description.vocab_size}. Trained for
-{description.step} steps{val_loss}. Tokenizer's SHA-256: `{text_format.tokenizer_sha256}`.
-
+{origin_of(description, "hf")}{facts_of(description)}
 `megaback sample` reads this folder too.
 """
 

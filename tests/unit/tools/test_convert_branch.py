@@ -71,6 +71,6 @@ def test_an_average_names_the_data_of_its_parts_and_the_trunk_of_the_last(
     assert result.exit_code == 0, result.output
 
     card = (tmp_path / "mean/README.md").read_text()
-    assert "data `data/news; fingerprint " in card
+    assert "data `data/news`" in card
     assert "data `data/books; fingerprint 3333`" in card
     assert "The last of these is of a branch. It continues (weights, optimizer)" in card

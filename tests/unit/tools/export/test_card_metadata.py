@@ -1,15 +1,19 @@
 """Metadata of a card, as huggingface_hub parses it."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 import yaml
 from click.testing import CliRunner
 from huggingface_hub import ModelCard
 
 from data_pipeline.text.codec import Direction, TextCodec
+from megaback.origins import Import, WeightsIdentity
+from megaback.run_folder import META_NAME
 from megaback.weights.identity import Training
 from megaback.weights.model_folder import ModelDescription
 from megaback.weights.source import open_checkpoint
@@ -61,7 +65,7 @@ def test_the_hub_reads_license_base_and_val_losses(described: ModelDescription) 
 
 
 def test_unknown_facts_are_omitted(described: ModelDescription) -> None:
-    training = Training(data="data/novels; fingerprint ", base="runs/base")
+    training = Training(data="data/novels", base="runs/base")
     for description in (
         replace(described, training=None),
         replace(described, training=training, val_loss=None),
@@ -74,6 +78,53 @@ def test_unknown_facts_are_omitted(described: ModelDescription) -> None:
         described, text_format=replace(described.text_format, direction=Direction.FORWARD)
     )
     assert parsed(forward).data.pipeline_tag == "text-generation"
+
+
+def test_the_base_of_an_imported_model_is_that_of_the_hubs_cache(
+    described: ModelDescription,
+) -> None:
+    cached = "/root/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B--Base/snapshots/0123abc"
+    for path, base in (
+        (cached, "Qwen/Qwen3-0.6B--Base"),
+        ("models--Qwen--Qwen3-0.6B/snapshots/0123/", "Qwen/Qwen3-0.6B"),
+        ("Qwen/Qwen3-0.6B", None),
+    ):
+        imported = Import(base=WeightsIdentity(path=path), kind="transformers")
+        assert parsed(replace(described, imported=imported)).data.base_model == base
+
+
+def test_a_gguf_file_has_the_facts_of_its_card(
+    tmp_path: Path, codec: Callable[..., TextCodec]
+) -> None:
+    run = tmp_path / "run"
+    target, _ = write_checkpoint(
+        run, codec(), shards=Path("data/novels"), init_from="hf://me/base-7b/checkpoints"
+    )
+    meta = json.loads((target / META_NAME).read_text())
+    (target / META_NAME).write_text(json.dumps({**meta, "data_fingerprint": FINGERPRINT}))
+    for name in ("float32", "q8_0"):
+        convert(run, tmp_path / name, "gguf", name, license_id="apache-2.0")
+    fields = {
+        key: field.contents()
+        for key, field in gguf.GGUFReader(tmp_path / "float32/model.gguf").fields.items()
+        if key.startswith("general.")
+    }
+    assert fields["general.license"] == "apache-2.0"
+    assert fields["general.tags"] == ["megaback", "backward"]
+    assert fields["general.base_model.0.organization"] == "me"
+    assert fields["general.base_model.0.repo_url"] == "https://huggingface.co/me/base-7b"
+    assert fields["general.dataset.0.name"] == "data/novels"
+    assert fields["general.dataset.0.version"] == FINGERPRINT
+
+    card, quantized = (
+        ModelCard.load(tmp_path / name / "README.md") for name in ("float32", "q8_0")
+    )
+    assert (card.data.license, card.data.base_model) == ("apache-2.0", "me/base-7b")
+    assert card.data.library_name == "gguf"
+    assert [one.metric_value for one in card.data.eval_results] == [2.5]
+    assert quantized.data.eval_results is None
+    assert "before they were quantized" in quantized.text
+    assert f"Data: `data/novels; fingerprint {FINGERPRINT}`" in card.text
 
 
 def test_an_export_of_a_run_has_its_data_base_and_bits_per_byte(
@@ -94,13 +145,13 @@ def test_an_export_of_a_run_has_its_data_base_and_bits_per_byte(
     assert [one.metric_value for one in card.eval_results] == [2.5, 1.6]
     assert card.license == "mit"
     assert "Fine-tuned from `runs/base`" in text
-    assert "Data: `data/novels; fingerprint" in text
+    assert "Data: `data/novels`" in text
 
 
 def test_a_license_that_the_hub_could_not_name_is_refused(tmp_path: Path) -> None:
     for words, message in (
         (("--to", "hf", "--license", "My License"), "identifier of the hub's licenses"),
-        (("--to", "gguf", "--license", "mit"), "for the card of --to hf"),
+        (("--to", "full", "--license", "mit"), "for the cards of hf and gguf"),
     ):
         result = CliRunner().invoke(main, [str(tmp_path), "--out", str(tmp_path / "out"), *words])
         assert result.exit_code == 2

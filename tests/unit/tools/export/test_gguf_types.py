@@ -11,12 +11,13 @@ from click.testing import CliRunner
 
 from data_pipeline.errors import BackendError
 from data_pipeline.text.codec import TextCodec
+from megaback.config import ModelSection
 from megaback.model.gpt import ReverseGPT
 from tests.helpers.exports import write_checkpoint
 from tools import convert
 from tools.export import gguf_types
 from tools.export.gguf import gguf_name_of
-from tools.export.gguf_types import TYPES
+from tools.export.gguf_types import TYPES, GgufType
 
 Codecs = Callable[..., TextCodec]
 # Root mean square of the errors of normally distributed weights, relative to theirs.
@@ -85,6 +86,21 @@ def test_types_are_those_of_llama_quantize(
     assert [kinds[f"blk.{layer}.ffn_down.weight"] for layer in (0, 2)] == ["Q5_0", "Q8_0"]
     for layer, kind in ((0, "q5_0"), (2, "q8_0")):
         assert f"another type: {kind} blk.{layer}.ffn_down.weight" in result.output
+
+
+def test_values_of_a_llama_70b_have_more_bits() -> None:
+    """A Llama with 80 layers and grouped queries, as llama.cpp recognizes it."""
+    shape = ModelSection(num_layers=80, width=512, num_heads=8, num_kv_heads=2, qk_norm=False)
+    for of_model, kind in (
+        (shape, "Q5_K"),
+        (shape.model_copy(update={"num_layers": 79}), "Q4_K"),
+        (shape.model_copy(update={"num_kv_heads": 8}), "Q4_K"),
+        (shape.model_copy(update={"qk_norm": True}), "Q4_K"),
+    ):
+        of_file = GgufType("q4_k_m", of_model)
+        assert of_file.of("blk.10.attn_v.weight", (128, 512)) == kind
+        assert of_file.of("blk.10.attn_k.weight", (128, 512)) == "Q4_K"
+        assert of_file.of("blk.75.attn_v.weight", (128, 512)) == "Q6_K"
 
 
 def test_a_type_of_gguf_is_for_gguf_only(trained: tuple[Path, ReverseGPT], tmp_path: Path) -> None:

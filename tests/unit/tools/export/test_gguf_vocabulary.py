@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ TEXTS = [
     "The captain's ship <think>sailed</think> in 1999.\n\n  caf\u00e9 \u8239 \U0001f600",
     "\u2581 e\u0301\r\n\t x  y",
     "don't I'LL <tool_call> <|box_start> 3.14",
+    "12345 x1y22  333\n4444\u0663\u00bd",
 ]
 _TOKENIZE = """
 import json, os, sys, urllib.request
@@ -46,11 +48,37 @@ finally:
 """
 
 
-def test_llama_cpp_has_our_ids(tmp_path: Path) -> None:
+_TO_BYTES = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_GPT2 = {"pre_tokenizer": _TO_BYTES}
+_SMOLLM = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [_DIGITS, _TO_BYTES]}}
+
+
+def _llama_3() -> dict[str, Any]:
+    fields = qwen_fields()
+    split, to_bytes = fields["pre_tokenizer"]["pretokenizers"]
+    expression = split["pattern"]["Regex"].replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+    split = {**split, "pattern": {"Regex": expression}}
+    splits = {**fields["pre_tokenizer"], "pretokenizers": [split, to_bytes]}
+    return {"pre_tokenizer": splits, "model": {**fields["model"], "ignore_merges": True}}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("qwen2", {}), ("llama-bpe", _llama_3()), ("gpt-2", _GPT2), ("smollm", _SMOLLM)],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_llama_cpp_has_our_ids(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
-    content = with_markers(qwen_content()).content
+    assert llama_cpp_splits({**qwen_fields(), **changes}) == name
+    content = with_markers(qwen_content(**changes)).content
     codec = TextCodec(content, Direction.FORWARD, Unit.TOKEN)
-    write_checkpoint(tmp_path / "run", codec, qk_norm=True)
+    write_checkpoint(tmp_path / "run", codec, ranks=1, qk_norm=True)
     convert(tmp_path / "run", tmp_path / "model", "gguf", "float32")
     asked = json.dumps([str(tmp_path / "model" / "model.gguf"), TEXTS])
     result = subprocess.run(
@@ -66,14 +94,6 @@ def test_llama_cpp_has_our_ids(tmp_path: Path) -> None:
 
 
 def test_splits_without_a_name_in_llama_cpp_are_refused() -> None:
-    fields = qwen_fields()
-    assert llama_cpp_splits(fields) == "qwen2"
-    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
-    both = {"type": "Sequence", "pretokenizers": [digits, to_bytes]}
-    assert llama_cpp_splits({**fields, "pre_tokenizer": to_bytes}) == "gpt-2"
-    assert llama_cpp_splits({**fields, "pre_tokenizer": both}) == "smollm"
+    twice = {"type": "Sequence", "pretokenizers": [_DIGITS, _DIGITS, _TO_BYTES]}
     with pytest.raises(TokenizerError, match="no name for the tokenizer's splits"):
-        llama_cpp_splits(
-            {**fields, "pre_tokenizer": {**both, "pretokenizers": [digits, digits, to_bytes]}}
-        )
+        llama_cpp_splits({**qwen_fields(), "pre_tokenizer": twice})
