@@ -39,8 +39,7 @@ class BpeTokenizer:
         self._content = content
         fields = fields_of(content)
         require_exact(fields)
-        self._spellings = spellings = _spellings(fields)
-        self.vocab_size = max(spellings) + 1
+        self.vocab_size = _vocab_size(fields)
         self.id_dtype = dtype_of_ids(self.vocab_size, "use a smaller one")
         added = fields["added_tokens"]
         self._control_ids = {token["content"]: token["id"] for token in added if token["special"]}
@@ -66,6 +65,7 @@ class BpeTokenizer:
                     f"the id {token['id']} of the added token {token['content']!r} is not the next "
                     "free one, so libraries number it otherwise; use the file of another release"
                 )
+        self._library = library
         self.reference: Encoder = BpeEncoder(library, self.id_dtype)
 
     @cached_property
@@ -74,7 +74,8 @@ class BpeTokenizer:
         return fastest_bpe_encoder(fields, self.piece_bytes, self.reference, self.id_dtype)
 
     def piece(self, piece_id: int) -> str:
-        return self._spellings.get(piece_id, f"<unused {piece_id}>")
+        spelling: str | None = self._library.id_to_token(piece_id)
+        return f"<unused {piece_id}>" if spelling is None else spelling
 
     def control_id(self, piece: str) -> int | None:
         return self._control_ids.get(piece)
@@ -97,8 +98,8 @@ class BpeTokenizer:
                 )
 
 
-def _spellings(fields: Mapping[str, Any]) -> dict[int, str]:
-    """Spelling of each id. Raises TokenizerError if two pieces share one."""
+def _vocab_size(fields: Mapping[str, Any]) -> int:
+    """One more than the last id. Raises TokenizerError if two pieces share one."""
     vocab: dict[str, int] = fields["model"]["vocab"]
     spellings = {piece_id: piece for piece, piece_id in vocab.items()}
     if len(spellings) != len(vocab):
@@ -107,13 +108,13 @@ def _spellings(fields: Mapping[str, Any]) -> dict[int, str]:
         if spellings.get(token["id"], token["content"]) != token["content"]:
             raise no_tokenizer(f"two of its pieces have the id {token['id']}")
         spellings[token["id"]] = token["content"]
-    return spellings
+    return max(spellings) + 1
 
 
 def _bytes_of_pieces(fields: Mapping[str, Any], vocab_size: int) -> list[bytes]:
+    """Text of each id; b"" for special tokens. Raises TokenizerError for one id of two texts."""
     byte_of = {ord(character): byte for byte, character in enumerate(characters_of_bytes())}
     is_piece = set(map(chr, byte_of)).issuperset
-    """Text of each id; b"" for special tokens. Raises TokenizerError for one id of two texts."""
     of_ids = [b""] * vocab_size
     for piece, piece_id in fields["model"]["vocab"].items():
         if is_piece(piece):  # no text becomes another

@@ -8,6 +8,7 @@ encodes to a control id.
 
 import hashlib
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -343,13 +344,34 @@ class TextCodec:
         if len(ids) == 1:
             return Prompt(ids, writable, self.end_id)
         if self.reverses_words:
-            first = [i for i in writable if self._piece_bytes[i][:1].isspace() or i == self.end_id]
-        else:
-            held_back = self._piece_bytes[ids.pop()]
-            contains = bytes.endswith if self.reverses_ids else bytes.startswith
-            first = [i for i in writable if contains(self._piece_bytes[i], held_back)]
-            return Prompt(ids, np.array(first, dtype=np.int64), self.end_id, held_back)
-        return Prompt(ids, np.array(first, dtype=np.int64), self.end_id)
+            return Prompt(ids, self._ids_between_words, self.end_id)
+        held_back = self._piece_bytes[ids.pop()]
+        return Prompt(ids, self._ids_containing(held_back), self.end_id, held_back)
+
+    def _ids_containing(self, held_back: bytes) -> npt.NDArray[np.int64]:
+        """Ids whose bytes end, or in reading order forward begin, with the given ones, sorted."""
+        num_bytes, ordered = len(held_back), self._ids_by_text
+        searched = held_back[::-1] if self.reverses_ids else held_back
+
+        def start_of(piece_id: int) -> bytes:
+            piece = self._piece_bytes[piece_id]
+            return piece[-num_bytes:][::-1] if self.reverses_ids else piece[:num_bytes]
+
+        first = bisect_left(ordered, searched, key=start_of)
+        return np.sort(ordered[first : bisect_right(ordered, searched, first, key=start_of)])
+
+    @cached_property
+    def _ids_by_text(self) -> npt.NDArray[np.int64]:
+        """Ids in the order of their bytes, compared from the given text's side."""
+        texts, step = self._piece_bytes, -1 if self.reverses_ids else 1
+        ordered = sorted(range(self.vocab_size), key=lambda piece_id: texts[piece_id][::step])
+        return np.array(ordered, dtype=np.int64)
+
+    @cached_property
+    def _ids_between_words(self) -> npt.NDArray[np.int64]:
+        """Ids that begin with whitespace, and the end marker."""
+        texts, writable = self._piece_bytes, self.writable_ids(self.end_id)
+        return np.array([i for i in writable if texts[i][:1].isspace() or i == self.end_id])
 
     def writable_ids(self, end_id: int) -> npt.NDArray[np.int64]:
         """Ids allowed in a sample: those with text, and the end marker."""

@@ -215,11 +215,17 @@ def test_by_words_the_first_new_id_is_whitespace_or_the_end(
 
 
 @given(text=TEXTS.filter(bool), direction=st.sampled_from(Direction), data=st.data())
-def test_every_first_id_preserves_the_given_text(
+def test_first_ids_are_all_that_preserve_the_given_text(
     codec: Codecs, text: str, direction: Direction, data: st.DataObject
 ) -> None:
     chosen = codec(direction, Unit.TOKEN)
     prompt = chosen.prompt(text)
+    contains = bytes.endswith if direction is Direction.BACKWARD else bytes.startswith
+    assert prompt.first_ids.tolist() == [
+        piece_id
+        for piece_id in range(chosen.vocab_size)
+        if contains(chosen.piece_bytes(piece_id), prompt.held_back)
+    ]
     first = data.draw(st.sampled_from(prompt.first_ids.tolist()))
     written = chosen.render([*prompt.ids, first])
     is_whole = written.endswith if direction is Direction.BACKWARD else written.startswith
