@@ -4,7 +4,6 @@ A smoke run is the benchmark itself with small sizes and synthetic data. Nothing
 measurement, so every digit is masked.
 """
 
-import gc
 import inspect
 import json
 import os
@@ -70,29 +69,42 @@ class Benchmark(Command):
 
 
 def _run_masked(benchmark: click.Command, script: Path, words: list[str], folder: Path) -> int:
-    """Run a benchmark and print its output without digits; returns its exit code.
+    """Run a benchmark, whose output a fork of this process prints without digits.
 
-    It runs in a fork, which need not import again what the benchmark imports.
+    Returns the exit code of the benchmark.
     """
     sys.stdout.flush()
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
-        gc.freeze()  # what the other process made is not finalized here
-        os.dup2(writing, 1)
-        os.close(reading)
-        # Compiling kernels takes minutes; torch.compile is still called.
-        os.environ |= {"TMPDIR": str(folder), "TORCHDYNAMO_DISABLE": "1"}
-        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        tempfile.tempdir = None
-        sys.argv = [str(script), *words]
-        os._exit(_exit_code(benchmark, words))
+        try:
+            os.close(writing)
+            _mask(reading)
+        finally:
+            os._exit(0)
+    os.close(reading)
+    usual = os.dup(1)
+    os.dup2(writing, 1)
     os.close(writing)
+    # Compiling kernels takes minutes; torch.compile is still called.
+    os.environ |= {"TMPDIR": str(folder), "TORCHDYNAMO_DISABLE": "1"}
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    tempfile.tempdir = None
+    sys.argv = [str(script), *words]
+    code = _exit_code(benchmark, words)
+    sys.stdout.flush()
+    os.dup2(usual, 1)
+    os.close(usual)
+    os.waitpid(pid, 0)
+    return code
+
+
+def _mask(reading: int) -> None:
+    """Print what is read, without digits."""
     with os.fdopen(reading) as output:
         for line in output:
             click.echo(re.sub(r"\d", "#", line), nl=False)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _exit_code(benchmark: click.Command, words: list[str]) -> int:
@@ -101,13 +113,12 @@ def _exit_code(benchmark: click.Command, words: list[str]) -> int:
         benchmark.main(words)
     except SystemExit as ending:
         code = ending.code
-    except BaseException:  # noqa: BLE001 - the other process's frames must not run here
+    except BaseException:  # noqa: BLE001 - the rest of its output is printed first
         traceback.print_exc()
         return 1
     if isinstance(code, str):
         click.echo(code, err=True)
         return 1
-    sys.stdout.flush()
     return code or 0
 
 

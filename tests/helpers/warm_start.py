@@ -36,7 +36,7 @@ _PACKAGES = ("benchmarks", "data_pipeline", "launcher", "megaback", "tests", "to
 _SCRIPTS = ROOT / "benchmarks"
 _READ_AT_START = (
     *("PYTHON", "LD_", "LANG", "LC_", "OMP_", "MKL_", "TORCH_LOGS", "DS_", "HF_", "CUDA", "TRITON"),
-    *("COVERAGE", "MPL", "XDG_"),
+    *("COVERAGE", "MPL", "XDG_CONFIG"),
 )
 """Starts of the names of variables that Python and libraries read while they are imported."""
 _ROOM = "-" * 16384
