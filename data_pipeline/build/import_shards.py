@@ -26,7 +26,9 @@ from data_pipeline.common.command import ResumableCommand, examples
 from data_pipeline.common.number_ranges import SHARE_BELOW_ALL, TOKEN_ID
 from data_pipeline.common.shared_options import out_folder_option, workers_option
 from data_pipeline.common.source_type import SOURCE
+from data_pipeline.common.terminal import echo
 from data_pipeline.errors import ConfigError
+from data_pipeline.shards.manifest import SPLITS
 from data_pipeline.sources.record_limits import max_record_bytes_option
 from data_pipeline.sources.tokenized.documents import ID_TYPES, TokenizedFormat
 from data_pipeline.sources.tokenized.registry import train_and_val
@@ -169,6 +171,14 @@ def main(
     if num_found:
         click.echo(f"{num_found} tasks were already done")
     echo_manifest(manifest, out)
+    form = settings.tokenized
+    num_documents = sum(manifest.total(split)["documents"] for split in SPLITS)
+    is_limited = limit_documents is not None or limit_tokens is not None
+    if form is not None and num_documents <= len(parts) and not is_limited:
+        echo(
+            f"note: no source has more than one document; if id {form.end_id} is not between "
+            "theirs, give that with --end-id, and the tokenizer that wrote them"
+        )
 
 
 def _with_splits(

@@ -26,7 +26,10 @@ def _below(key: str, one: Any, other: Any) -> Differences:
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         pairs = {f"{key}.{part}": (one.get(part), other.get(part)) for part in (*one, *other)}
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        if len(one) != len(other):  # elements of only one of them
+        if len(one) != len(other):
+            if all(isinstance(x, str) for x in (*one, *other)):
+                return {key: (one, other)}
+            # Elements of only one of them.
             both = ([x for x in one if x not in other], [x for x in other if x not in one])
             return {key: both}
         pairs = {f"{key}[{place}]": both for place, both in enumerate(zip(one, other, strict=True))}

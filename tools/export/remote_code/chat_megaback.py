@@ -49,14 +49,18 @@ class ChatFormat:
         """Ids of the text that the model writes, with its end marker: those that carry loss."""
         return [*self._encode(written), self.stop_id]
 
-    def example(self, instruction: str, given_input: str | None, response: str) -> Chat:
+    def example(
+        self, instruction: str | None, given_input: str | None, response: str | None
+    ) -> Chat:
         """The chat of an example. Raises ValueError if instruction or response is empty."""
-        parts = (instruction.strip(), (given_input or "").strip())
-        question, answer = " ".join(part for part in parts if part), response.strip()
-        for text, name in ((question, "instruction"), (answer, "response")):
+        instruction, given_input, response = (
+            (text or "").strip() for text in (instruction, given_input, response)
+        )
+        question = " ".join(part for part in (instruction, given_input) if part)
+        for text, name in ((question, "instruction"), (response, "response")):
             if not text:
                 raise ValueError(f"the {name} is empty; skip examples without one")
-        texts = {"user": question, "assistant": answer}
+        texts = {"user": question, "assistant": response}
         return Chat(texts[self.given_role], texts[self.written_role])
 
     def read(self, messages: Sequence[Any]) -> Chat:

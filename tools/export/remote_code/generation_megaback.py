@@ -10,6 +10,8 @@ from .chat_megaback import Chat
 from .new_text_megaback import NewText, stop_texts
 
 _LENGTHS = {"max_new_tokens", "max_length", "generation_config"}
+_OF_THE_PROMPT = {"logits_processor", "suppress_tokens"}
+"""Arguments of `generate` that a prompt has, to which others are added."""
 _MAX_NEW_TOKENS = 256
 
 
@@ -85,15 +87,25 @@ class MegabackTextGeneration(Pipeline):  # type: ignore[misc]
         return {}, generate_kwargs, shown
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(inputs, list | tuple) and inputs and isinstance(inputs[0], dict):
+        if isinstance(inputs, list | tuple) and not inputs:
+            return []
+        if isinstance(inputs, list | tuple) and isinstance(inputs[0], dict):
             return super().__call__([inputs], *args, **kwargs)[0]
         return super().__call__(inputs, *args, **kwargs)
 
     def preprocess(self, text: Any) -> dict[str, Any]:
-        """The given text, also of a chat. Raises ValueError for a chat of another form."""
+        """The given text, also of a chat.
+
+        Raises TypeError for anything else, and ValueError for a chat of another form.
+        """
         if isinstance(text, str):
             return {"given": text, "is_chat": False}
-        chat = self.tokenizer.chat_format.read(getattr(text, "messages", text))
+        messages = getattr(text, "messages", text)
+        if not isinstance(messages, list | tuple):
+            raise TypeError(
+                f"give a text, the messages of a chat, or a list of these, not {messages!r:.80}"
+            )
+        chat = self.tokenizer.chat_format.read(messages)
         if chat.written is not None:
             raise ValueError(f"the chat has both messages already; {self.tokenizer.chat_format}")
         return {"given": chat.given, "is_chat": True}
@@ -126,7 +138,14 @@ class MegabackTextGeneration(Pipeline):  # type: ignore[misc]
             theirs = generate_kwargs.pop("stopping_criteria", None) or []
             ours = StopAtText(given_tokens, new_texts)
             prompt["stopping_criteria"] = StoppingCriteriaList([*theirs, ours])
+        for name in _OF_THE_PROMPT & generate_kwargs.keys():
+            prompt[name] = [*prompt[name], *(generate_kwargs.pop(name) or [])]
+        if set_twice := sorted(prompt.keys() & generate_kwargs.keys()):
+            raise ValueError(
+                f"{', '.join(set_twice)} cannot be given, since a prompt of this model sets it"
+            )
         ids = self.model.generate(**prompt, **generate_kwargs)
+        ids = getattr(ids, "sequences", ids)  # with return_dict_in_generate
         rows_each = len(ids) // len(texts)
         new = ids[:, given_tokens:].tolist()
         written = [

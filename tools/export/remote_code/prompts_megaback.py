@@ -149,6 +149,12 @@ class PromptMethods:
             columns = self.example([instruction], [response], [input])  # type: ignore[list-item]
             return {name: values[0] for name, values in columns.items()}
         inputs = [None] * len(instruction) if input is None else input
+        lengths = len(instruction), len(response), len(inputs)
+        if isinstance(inputs, str) or len(set(lengths)) > 1:
+            raise ValueError(
+                "the columns of instructions, responses and inputs are not as long as each other; "
+                "give one of each per example"
+            )
         form = self.chat_format
         rows: dict[str, Any] = {"input_ids": [], "attention_mask": [], "labels": []}
         for question, given_input, answer in zip(instruction, inputs, response, strict=True):
@@ -168,6 +174,11 @@ class PromptMethods:
         if ids.ndim > 1:
             return [str(self.written(row)) for row in ids]
         row, form = ids.tolist(), self.chat_format
+        if form.written_id not in row:
+            raise ValueError(
+                f"the ids have no id {form.written_id}, after which the written text begins; pass "
+                "the prompt's ids too, as generate returns them"
+            )
         begin = row.index(form.written_id) + 1
         end = row.index(form.stop_id, begin) if form.stop_id in row[begin:] else len(row)
         return self._rendered(row[begin:end], False)

@@ -266,8 +266,14 @@ class MegabackTokenizer(PromptMethods, PreTrainedTokenizer):  # type: ignore[mis
         return reverse_words(text) if self._reverses_words else text
 
     def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **_kwargs: Any) -> str:
-        ids = np.atleast_1d(as_array(token_ids)).tolist()
-        return self._rendered(ids, names_controls=not skip_special_tokens)
+        ids = np.atleast_1d(as_array(token_ids))
+        num_ids = len(self._pieces.texts)
+        if unknown := ids[(ids < 0) | (ids >= num_ids)].tolist():
+            raise ValueError(
+                f"id {unknown[0]} is not in the vocabulary of {num_ids} ids; labels without loss "
+                "(-100) have no text"
+            )
+        return self._rendered(ids.tolist(), names_controls=not skip_special_tokens)
 
     def _convert_token_to_id(self, token: str) -> int:
         return self._pieces.id_of(token)

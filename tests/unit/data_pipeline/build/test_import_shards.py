@@ -181,12 +181,25 @@ def test_the_command_imports_a_folder_of_nanogpt_and_resumes(
     result = invoke(*words)
     assert result.exit_code == 0, result.output
     assert "train: 100 documents" in result.output
+    assert "no source has more" not in result.output
     assert ids_of(out) == {"train": documents[:100], "val": documents[100:]}
     assert documents_of(out)["val"] == texts[100:]
     assert "were already done" in invoke(*words).output
     both = invoke(*words, "--val-source", folder / "val.bin")
     assert both.exit_code == 10
     assert "give its files of train" in both.output
+
+
+def test_ids_without_an_end_id_are_one_document_with_a_note(
+    tmp_path: Path, documents: list[list[int]], tokenizer_path: Path, markers: Markers
+) -> None:
+    source = write_flat(tmp_path / "a.bin", [documents[0] + documents[1]], markers.end_id)
+    source.write_bytes(source.read_bytes()[:-2])
+    result = invoke(
+        "--source", source, "--tokenizer", tokenizer_path, "--out", tmp_path / "out", "--workers", 1
+    )
+    assert result.exit_code == 0, result.output
+    assert f"more than one document; if id {markers.end_id} is not between" in result.output
 
 
 def test_a_malformed_document_stops_the_import_or_is_counted(

@@ -31,7 +31,14 @@ ONE = {
             "sources[1].weight = 2.0",
             "sources[1].weight = 3.0",
         ),
-        (ONE | {"languages": ["en"]}, None, "languages = de", "languages = none"),
+        (ONE | {"languages": ["en"]}, None, "languages = en, de", "languages = en"),
+        (ONE | {"languages": []}, None, "languages = en, de", "languages = none"),
+        (
+            ONE | {"sources": ONE["sources"][:1]},  # type: ignore[index]
+            None,
+            "sources = {'path': 'b', 'weight': 2.0}",
+            "sources = none",
+        ),
         (ONE | {"languages": None}, None, "languages = en, de", "languages = null"),
         (ONE | {"more": 1}, None, "more = null", "more = 1"),
     ],

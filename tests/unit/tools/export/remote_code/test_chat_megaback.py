@@ -119,7 +119,10 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an example without an instruction": (lambda t: t.example(" ", "x"), "instruction is empty"),
     "an example without a response": (lambda t: t.example("x", ""), "response is empty"),
     "an example of two kinds": (lambda t: t.example("x", ["y"]), "or a list of each"),
-    "examples of two lengths": (lambda t: t.example(["x", "z"], ["y"]), "zip()"),
+    "examples of two lengths": (lambda t: t.example(["x", "z"], ["y"]), "not as long"),
+    "one input of several examples": (lambda t: t.example(["x"], ["y"], "z"), "not as long"),
+    "a missing instruction": (lambda t: t.example(["x", None], ["y", "z"]), "instruction is empty"),
+    "new ids alone": (lambda t: t.written([1, 2]), "pass the prompt's ids too"),
 }
 
 

@@ -74,6 +74,24 @@ def test_several_samples_of_a_prompt_are_apart(hf: Path) -> None:
     assert len(write.tokenizer(write("x")[0]["generated_text"]).input_ids) > 30  # not 20 new ones
 
 
+def test_options_of_generate_are_added_to_those_of_a_prompt_or_refused(hf: Path) -> None:
+    write = transformers.pipeline("megaback-reverse", model=str(hf), trust_remote_code=True)
+    how = {"do_sample": False, "max_new_tokens": 4, "return_full_text": False}
+    ((first,),) = write(["x"], **how)
+    decode, character = write.tokenizer.decode, first["generated_text"][-1]
+    unwanted = [i for i in range(len(write.tokenizer)) if character in decode([i])]
+
+    (other,) = write("x", suppress_tokens=unwanted, logits_processor=[], **how)
+    assert character not in other["generated_text"]
+    assert write("x", return_dict_in_generate=True, **how) == [first]
+    assert write([], **how) == []
+    with pytest.raises(ValueError, match="eos_token_id cannot be given"):
+        write("x", eos_token_id=5, **how)
+    for wrong in (None, 5, [None]):
+        with pytest.raises(TypeError, match="give a text, the messages of a chat"):
+            write(wrong, **how)
+
+
 STREAMED_WRONGLY: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a batch": (lambda t: t.prompt([ENDING, "x"]), "one text at a time, and 2"),
     "samples": (lambda t: {**t.prompt(ENDING), "num_return_sequences": 2}, "at a time, and 2"),

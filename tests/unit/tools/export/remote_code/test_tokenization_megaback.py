@@ -107,6 +107,11 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "a pad token by name": (lambda _, t: setattr(t, "pad_token", "<pad>"), "cannot add '<pad>'"),
     "a prompt that fills the context": (lambda _, t: t.prompt("x y " * 40), "context of 64"),
     "a prompt of no text": (lambda _, t: t.prompt([]), "list of strings"),
+    "labels as text": (
+        lambda _, t: t.decode(t.example("x", "y")["labels"]),
+        "id -100 is not in the vocabulary",
+    ),
+    "ids of a larger vocabulary": (lambda _, t: t.decode([3, 10**6]), "id 1000000 is not in"),
     "messages as a prompt": (lambda _, t: t.prompt([{"role": "user"}]), "list of strings"),
 }
 
