@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from data_pipeline import errors
 from data_pipeline.common.import_path import module_command
 from data_pipeline.errors import ConfigError, MegabackError
-from megaback.config import Config
+from megaback.config import ALL_KEPT, Config
 from megaback.config_operation import CheckpointSection, LoggingSection
 from megaback.config_validation import ValidationSection
 from megaback.rehearsal.report import RankFailure, RankReport
@@ -58,6 +58,9 @@ def rehearsal_config(
     model = (
         config.model if layers is None else config.model.model_copy(update={"num_layers": layers})
     )
+    # A branch is rehearsed as a new run. Of one with LoRA, the trunk's merged weights are frozen.
+    is_branch = config.branch_from is not None and config.finetune.adapters is not None
+    base = config.branch_from if is_branch else config.init_from
     hardware = {
         "device": device,
         "attention": config.hardware.attention if device == "cuda" else "auto",
@@ -67,7 +70,9 @@ def rehearsal_config(
     return config.model_copy(
         update={
             "model": model,
+            "init_from": base,
             "branch_from": None,
+            "keep": ALL_KEPT,
             "training": config.training.model_copy(
                 update={"steps": steps, "epochs": None, "compile": "off"}
             ),

@@ -1,4 +1,4 @@
-"""Check that the ranks' slices are all parameters, each element once."""
+"""Check that the ranks' slices are all trained parameters, each element once."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,6 +14,7 @@ def ownership_of(engine: Any) -> Ownership:
     lengths = {
         name: int(getattr(weight, "ds_numel", weight.numel()))
         for name, weight in engine.module.named_parameters()
+        if weight.requires_grad
     }
     total = sum(lengths.values())
     if engine.zero_optimization_stage() == 0:

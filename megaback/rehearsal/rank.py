@@ -26,6 +26,7 @@ from megaback.distributed.world import CollectiveExit, World, choose_device, wit
 from megaback.environment import LAUNCHER_VARIABLE
 from megaback.faults.stop_request import StopRequest
 from megaback.faults.watchdog import Watchdog
+from megaback.model.lora import require_peft
 from megaback.rehearsal.collectives import CollectiveLog, join
 from megaback.rehearsal.memory_meter import MemoryMeter
 from megaback.rehearsal.ownership import matrix_owners, ownership_of
@@ -158,6 +159,8 @@ def _rehearse(config: Config, world: World, log: CollectiveLog) -> RankReport:
     target = config.run / CHECKPOINTS_FOLDER / step_name(config.training.steps or 0)
     if not world.is_first:
         target.mkdir(parents=True)
+    if config.finetune.adapters is not None:
+        require_peft()  # its libraries are not memory of the run
     memory = MemoryMeter.of(world.device)
     started = monotonic()
     clock = PhaseClock(config.run, config.hardware, world, log, memory)
@@ -170,6 +173,7 @@ def _rehearse(config: Config, world: World, log: CollectiveLog) -> RankReport:
         trainer.train()
     finally:
         trainer.close()
+    ownership = ownership_of(run.engine)
     steps, updates = run.data.total_steps, num_updates(run.engine)
     if updates < steps:
         raise MegabackError(
@@ -181,8 +185,8 @@ def _rehearse(config: Config, world: World, log: CollectiveLog) -> RankReport:
         rank=world.rank,
         device=world.device.type,
         first_batch=first_batch,
-        owned=_owned(run),
-        ownership=ownership_of(run.engine),
+        owned=_owned(run, ownership.parameters),
+        ownership=ownership,
         start_s=start_s,
         step_s=sum(phase_s.values()),
         step_cpu_s=clock.cpu_s[steps],
@@ -225,7 +229,7 @@ def _num_lanes(data: Data, first_row: int, num_rows: int) -> int:
     return lanes
 
 
-def _owned(run: Run) -> Owned:
+def _owned(run: Run, num_trained: int) -> Owned:
     engine = run.engine
     stage = engine.zero_optimization_stage()
     holdings = holdings_of(engine)
@@ -237,7 +241,7 @@ def _owned(run: Run) -> Owned:
     state = engine.basic_optimizer.state.values()
     return Owned(
         weights=weights,
-        gradients=weights if stage >= 2 else run.num_parameters,
+        gradients=weights if stage >= 2 else num_trained,
         optimizer_bytes=sum(
             value.nbytes
             for of_tensor in state

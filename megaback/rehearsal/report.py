@@ -48,7 +48,7 @@ class Ownership:
     """Parameters over all ranks, from the engine's partitioning."""
 
     parameters: int
-    """Elements of all parameters."""
+    """Elements of all trained parameters."""
     min_weights: int
     max_weights: int
     """Elements that a rank updates, without padding."""

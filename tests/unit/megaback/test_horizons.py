@@ -15,6 +15,7 @@ from megaback.config import Config, OptimizerSection
 from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.horizons import (
+    branch_config,
     branch_overrides,
     horizons_of,
     require_branch_points,
@@ -104,6 +105,16 @@ def test_the_config_of_a_branch_is_that_of_the_run_alone(tmp_path: Path) -> None
     assert (branch.training.steps, branch.optimizer.decay_at) == (100, None)
     assert branch.run == tmp_path / "run/branches" / horizon.name
     assert branch.branch_from == tmp_path / "run/checkpoints/step-00000080"
+
+
+def test_a_branch_of_a_trunk_with_lora_takes_its_weights_from_the_trunk_alone() -> None:
+    config = config_with(decay_at=[100 * STEP_TOKENS])
+    lora = {"init_from": "base", "finetune": {"lora": {"rank": 4}}}
+    trunk = Config.model_validate(config.model_dump() | lora)
+
+    branch = branch_config(trunk, horizons_of(trunk)[0])
+
+    assert (branch.init_from, branch.finetune) == (None, trunk.finetune)
 
 
 def test_copies_of_branches_are_apart_from_those_of_the_trunk(tmp_path: Path) -> None:

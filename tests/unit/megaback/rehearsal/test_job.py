@@ -152,6 +152,16 @@ def test_the_rows_of_512_ranks_are_those_of_the_steps(tiny_shards: Path) -> None
         check_rows(config, 500, 1)
 
 
+def test_a_branch_with_lora_is_rehearsed_as_a_new_run_on_the_trunk(tiny_shards: Path) -> None:
+    fields = config_at_scale(tiny_shards, 1, "adamw", "fp32").model_dump(mode="json")
+    branch = {"branch_from": "trunk", "keep": ["weights"], "finetune": {"lora": {"rank": 4}}}
+    config = rehearsal_config(Config.model_validate(fields | branch), 2, None)
+
+    rehearsed = Job.parse(Job(config, (0,), 2, 2).to_json()).config
+
+    assert (rehearsed.init_from, rehearsed.branch_from) == (Path("trunk"), None)
+
+
 def test_ranks_are_numbers_or_all() -> None:
     assert parse_ranks(None, 8) == (0, 7)
     assert parse_ranks(None, 1) == (0,)

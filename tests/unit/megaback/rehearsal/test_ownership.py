@@ -1,12 +1,14 @@
 """Ownership of parameters: every element by one rank."""
 
+from types import SimpleNamespace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megaback.checkpoints.state import Partition
 from megaback.optim.zero_matrices import Slice, slices_of_each
-from megaback.rehearsal.ownership import uncovered
+from megaback.rehearsal.ownership import ownership_of, uncovered
 
 
 def problems(slices: list[list[Slice]], lengths: dict[str, int]) -> list[str]:
@@ -32,3 +34,15 @@ def test_gaps_overlaps_and_missing_ends_are_found() -> None:
 def test_a_parameter_without_a_group_is_found() -> None:
     part = Partition(torch.empty(0), False, ("w",), [[Slice(0, 0, 8)]])
     assert len(list(uncovered([part], {"w": 8, "other": 1}))) == 1
+
+
+def test_frozen_weights_are_owned_by_no_rank() -> None:
+    module = torch.nn.Linear(3, 2)
+    module.bias.requires_grad_(False)
+    engine = SimpleNamespace(
+        shards=SimpleNamespace(size=4), module=module, zero_optimization_stage=lambda: 0
+    )
+
+    found = ownership_of(engine)
+
+    assert (found.parameters, found.max_weights) == (6, 6)
