@@ -7,7 +7,9 @@ every kind of activation checkpointing, AdamW and Muon. Measured is the peak res
 of Linux) of the rank that has the most, minus its memory before the run: until the checkpoint is
 written, and including it. glibc is set to return every freed block above 64 KiB, so the measured
 memory is the allocated memory. Without --shards, they are built from `pydocs`. OVERRIDES of the
-config, such as zero.reduce_once=true, hold for all cases.
+config, such as zero.reduce_once=true, hold for all cases. With init_from=BASE among them, the model
+is the base's; finetune.lora.rank is for the cases of --only adamw. The memory of oneDNN's kernels
+for bf16, which is not counted, is smallest with ONEDNN_MAX_CPU_ISA=AVX2.
 """
 
 import ctypes
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -80,12 +82,13 @@ def all_cases(ranks: list[int], only: str) -> list[Case]:
     return [case for way in ways if only in (case := Case(*way)).name]
 
 
-def config_fields(shards: Path, run: Path) -> dict[str, Any]:
-    """17 million parameters; on one process, two micro-batches are accumulated."""
+def config_fields(shards: Path, run: Path, *, has_base: bool) -> dict[str, Any]:
+    """17 million parameters, or a base's; on one process, two micro-batches are accumulated."""
+    model = {"num_layers": 6, "width": 384, "num_heads": 6}
     return {
         "run": str(run),
         "data": {"shards": str(shards)},
-        "model": {"num_layers": 6, "width": 384, "num_heads": 6},
+        **({} if has_base else {"model": model}),
         "batch": {"context_tokens": 512, "global_batch_rows": 2, "micro_batch_rows": 1},
         "optimizer": {"learning_rate": 1e-3},
         "training": {"steps": 2, "precision": "fp32"},
@@ -156,19 +159,21 @@ def serve() -> None:
 class Ranks:
     """Processes that execute runs, one after another."""
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, log: Path) -> None:
         environment = {**rank_environment(ranks), "OMP_NUM_THREADS": "1", **_MALLOC}
-        self._ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--serve"],
-                env=environment | names,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-            for names in rank_names(ranks)
-        ]
+        self._log = log
+        with log.open("w", encoding="utf-8") as output:
+            self._ranks = [
+                subprocess.Popen(
+                    [sys.executable, __file__, "--serve"],
+                    env=environment | names,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=output,
+                    text=True,
+                )
+                for names in rank_names(ranks)
+            ]
 
     def peaks(self, config: Path, overrides: list[str]) -> tuple[int, int]:
         """Peak memory of a run in bytes, without and with its checkpoint."""
@@ -181,7 +186,7 @@ class Ranks:
             if line.startswith("["):
                 before, whole = json.loads(line)
                 return before, whole
-        raise SystemExit("a rank ended; run it with --serve to see why")
+        raise SystemExit(f"a rank ended with {' '.join(overrides)}:\n{self._log.read_text()}")
 
     def close(self) -> None:
         for rank in self._ranks:
@@ -193,20 +198,21 @@ def measure(
     cases: list[Case], config_path: Path, others: tuple[str, ...]
 ) -> Iterator[dict[str, Any]]:
     """Run every case; returns its planned and measured memory."""
+    configs = [load_config(config_path, (*case.overrides(), *others)) for case in cases]
+    small = ("model.num_layers=1", "model.width=64", "model.num_heads=2")
     started: Ranks | None = None
     last: tuple[int, str] | None = None
     num_runs = 0
-    for case in cases:
+    for case, config in zip(cases, configs, strict=True):
         if started is None or last != (case.ranks, case.optimizer) or num_runs == _RUNS_A_PROCESS:
             if started is not None:
                 started.close()
-            started, num_runs, last = Ranks(case.ranks), 0, (case.ranks, case.optimizer)
+            log = config_path.with_name("ranks.txt")
+            started, num_runs, last = Ranks(case.ranks, log), 0, (case.ranks, case.optimizer)
             for precision in ("fp32", "bf16"):  # memory of libraries that are loaded once
-                small = ["model.num_layers=1", "model.width=64", "model.num_heads=2"]
-                muon = f"optimizer.name={case.optimizer}"
-                started.peaks(config_path, [*small, muon, f"training.precision={precision}"])
+                one = replace(case, precision=precision).overrides()
+                started.peaks(config_path, [*one, *(small if config.init_from is None else others)])
         overrides = [*case.overrides(), *others]
-        config = load_config(config_path, tuple(overrides))
         memory = planned(config, case.ranks)
         training = max(total for name, total in memory.moments.items() if name != "saving")
         before, whole = started.peaks(config_path, overrides)
@@ -266,7 +272,8 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = folder / "run.yaml"
-        fields = config_fields((shards or build_shards(folder)).absolute(), folder / "run")
+        data, has_base = (shards or build_shards(folder)).absolute(), "init_from=" in str(overrides)
+        fields = config_fields(data, folder / "run", has_base=has_base)
         path.write_text(yaml.safe_dump(fields), encoding="utf-8")
         for found in measure(cases, path, overrides):
             ratios = [

@@ -5,6 +5,7 @@ one value per head or token are included, so that the sum is exact (a test compa
 model's). Loads no torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -38,11 +39,17 @@ def activations_of(
     attention: Attention,
     sequence_parallel: int = 1,
     lora: LoraSection | None = None,
+    *,
+    saves_inputs: bool = False,
 ) -> Activations:
     """Activation memory per token of a rank. `checkpointing`, `sequence_parallel`: as in the
-    config."""
-    whole = _block(shape, arithmetic, "none", attention, sequence_parallel, lora)
-    kept = _block(shape, arithmetic, checkpointing, attention, sequence_parallel, lora)
+    config; `saves_inputs`: whether inputs of frozen matrices are saved too (at ZeRO stage 3)."""
+    # The input of a matrix is saved for its gradient, or that of LoRA's first factor.
+    with_inputs = MATRIX_MODULES if lora is None or saves_inputs else lora.target_modules
+    whole, kept = (
+        _block(shape, arithmetic, kind, attention, sequence_parallel, lora, with_inputs)
+        for kind in ("none", checkpointing)
+    )
     size = 4 if arithmetic == "fp32" else 2
     stream = _FP32 if arithmetic == "autocast" else size
     recomputed = checkpointing == "selective"
@@ -55,6 +62,12 @@ def activations_of(
         work += whole if arithmetic == "bf16" else whole - kept
     elif recomputed:
         work += size * shape.hidden_mlp_width
+    if lora is not None and not recomputed:
+        if "down_proj" not in with_inputs:  # whose input, the product, is not among the saved
+            work += size * shape.hidden_mlp_width
+        elif checkpointing == "block" and arithmetic == "autocast":
+            # The product in fp32, for peft, and its copy for the first factor.
+            work += 3.0 * size * shape.hidden_mlp_width
     # The final norm's input, its gradient, and what the other part of it is computed from.
     norm_work = 6.0 * _FP32 * shape.width
     if recomputed and arithmetic == "bf16":
@@ -136,17 +149,16 @@ def _block(
     attention: Attention,
     sequence_parallel: int,
     lora: LoraSection | None,
+    with_inputs: Sequence[str],
 ) -> float:
-    """Bytes per token that a block saves."""
+    """Bytes per token that a block saves. `with_inputs`: matrices whose inputs are saved."""
     size = 4 if arithmetic == "fp32" else 2
     width, mlp_width = shape.width, shape.hidden_mlp_width
     query_width, kv_width = shape.query_width, shape.kv_width
     if checkpointing == "block":
         return (_FP32 if arithmetic == "autocast" else size) * width
     recomputed = checkpointing == "selective"
-    # The input of a matrix is saved for its gradient, or that of LoRA's first factor.
-    trained = MATRIX_MODULES if lora is None else lora.target_modules
-    copies = [len({*trained} & {*names}) for names in (MATRIX_MODULES[:3], MATRIX_MODULES[4:6])]
+    copies = [len({*with_inputs} & {*names}) for names in (MATRIX_MODULES[:3], MATRIX_MODULES[4:6])]
     if arithmetic != "autocast":  # which copies it once per matrix
         copies = [min(count, 1) for count in copies]
     of_norms: _OfNorms = {"recomputed": recomputed, "is_frozen": lora is not None}
@@ -162,15 +174,15 @@ def _block(
     # sdpa repeats keys and values for the query heads that share them, and its result is copied
     # into token order.
     if attention == "sdpa":
-        attended = size * (5 if "o_proj" in trained else 4) * query_width
+        attended = size * (5 if "o_proj" in with_inputs else 4) * query_width
     else:
         # Ranks that share a key head have copies, and get the result as another tensor.
         repeats = max(sequence_parallel // shape.kv_heads, 1)
         results = 2 if sequence_parallel > 1 else 1
         attended = size * ((1 + results) * query_width + 2 * repeats * kv_width)
     attended += _FP32 * shape.num_heads
-    mlp = size * mlp_width * ((2 if recomputed else 3) + ("down_proj" in trained))
-    between = 0 if lora is None else size * (lora.rank or 0) * len(trained)
+    mlp = size * mlp_width * ((2 if recomputed else 3) + ("down_proj" in with_inputs))
+    between = 0 if lora is None else size * (lora.rank or 0) * len(lora.target_modules)
     return norms + inputs + heads + attended + mlp + between
 
 

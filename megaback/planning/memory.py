@@ -242,8 +242,8 @@ def _resident(setting: Setting, size: ModelSize) -> Parts:
     weights = float(setting.weight_bytes * total)
     optimizer = _state_bytes(size, setting.optimizer)
     gradients = buckets = 0.0
-    if setting.arithmetic == "autocast":  # bf16 copies of the matrices, which stay allocated
-        weights += 2 * (size.matrices + size.adapters)
+    if setting.arithmetic == "autocast":  # bf16 copies of trained matrices, which stay allocated
+        weights += 2 * (size.adapters or size.matrices)
     if stage:
         optimizer = (optimizer + 4 * size.trained) / ranks
     if stage == 3:
@@ -309,6 +309,7 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
         setting.attention,
         setting.sequence_parallel,
         setting.lora,
+        saves_inputs=stage == 3,  # as DeepSpeed's memory_efficient_linear does
     )
     loss = loss_memory(
         setting.shape,
@@ -321,6 +322,9 @@ def _step_moments(setting: Setting, size: ModelSize) -> dict[str, Parts]:
     weights = resident.weights
     if stage == 3 and (ranks > 1 or setting.offload == "parameters"):
         weights += setting.weight_bytes * min(total, _GATHERED_ELEMENTS)
+    if setting.arithmetic == "autocast" and size.adapters:
+        # bf16 copies of frozen matrices, which blocks save for their backward pass.
+        weights += 2 * size.matrices / (layers if setting.checkpointing == "block" else 1)
     working = replace(resident, weights=weights)
     held = setting.gradients(size)
     head = 0.0 if stage >= 2 else setting.accumulator_bytes * size.head_gradient

@@ -58,7 +58,7 @@ def test_the_plan_has_no_gradients_and_no_optimizer_state_of_frozen_weights(stag
     assert of_lora.optimizer == pytest.approx(part * of_full.optimizer)
     assert of_lora.gradients < 0.05 * max(of_full.gradients, 1e9)
     assert of_lora.activations < of_full.activations
-    assert of_lora.total < 0.8 * of_full.total
+    assert of_lora.total < 0.85 * of_full.total
     assert lora.traffic.gradient_bytes == pytest.approx(part * full.traffic.gradient_bytes)
     assert lora.checkpoint_bytes == 12 * lora.size.trained
     assert lora.flops_per_token < 0.8 * full.flops_per_token
