@@ -13,6 +13,7 @@ from megaback.checkpoints.safetensors_file import TensorFile
 from megaback.config import ModelSection
 from megaback.model.gpt import ReverseGPT
 from megaback.run_folder import complete_checkpoints
+from megaback.tracking.samples_log import read_samples
 from megaback.weights.source import open_source
 from tests.helpers.models import write_model
 from tests.helpers.tiny_run import (
@@ -23,10 +24,17 @@ from tests.helpers.tiny_run import (
     train_plainly,
     val_losses_of,
 )
+from tests.helpers.warm_ranks import WarmRanks
+from tools.rollback import roll_back
 
 pytestmark = pytest.mark.slow
 
 RunOf = Callable[..., Path]
+SAMPLES = (
+    'validation.samples=["and so it ended."]',
+    "validation.sample_tokens=4",
+    "validation.sample_temperature=0",
+)
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 LORA = (
     "finetune.lora.rank=4",
@@ -37,6 +45,7 @@ LORA = (
     "training.steps=6",
     "checkpoint.every_steps=3",
     "validation.every_steps=6",
+    *SAMPLES,
 )
 
 
@@ -112,17 +121,19 @@ def test_the_base_is_unchanged_and_in_every_checkpoint_as_one_file(tuned: Path, 
     assert "base.safetensors" in json.loads((last / "meta.json").read_text())["files"]
 
 
-def test_the_merged_model_has_the_val_loss_of_the_run(
-    tuned: Path, base: Path, lonely_run_of: RunOf
+def test_the_merged_model_has_the_val_loss_and_the_samples_of_the_run(
+    tuned: Path, lonely_run_of: RunOf
 ) -> None:
     assert val_losses_of(tuned)[6] < val_losses_of(tuned)[0] - 0.01
-    merged = lonely_run_of(f"init_from={tuned}", "training.steps=1", "validation.every_steps=1")
+    short = ("training.steps=1", "validation.every_steps=1")
+    merged = lonely_run_of(f"init_from={tuned}", *short, *SAMPLES)
 
     assert val_losses_of(merged)[0] == pytest.approx(val_losses_of(tuned)[6], abs=1e-5)
+    assert read_samples(merged)[0]["text"] == read_samples(tuned)[-1]["text"]
 
 
 def test_a_resumed_run_repeats_an_uninterrupted_one_without_its_base(
-    tuned: Path, base: Path, tmp_path: Path, warm_ranks: Callable[[int], object]
+    tuned: Path, base: Path, tmp_path: Path, warm_ranks: Callable[[int], WarmRanks]
 ) -> None:
     run = Path(shutil.copytree(tuned, tmp_path / "run"))
     newest = complete_checkpoints(run)[-1]
@@ -131,19 +142,49 @@ def test_a_resumed_run_repeats_an_uninterrupted_one_without_its_base(
     (run / "checkpoints" / "base.safetensors").unlink()
 
     resume = (f"run={run}", f"init_from={tmp_path / 'deleted'}")
-    warm_ranks(2).train(run / "config.yaml", resume, tmp_path / "out.txt")  # type: ignore[attr-defined]
+    warm_ranks(2).train(run / "config.yaml", resume, tmp_path / "out.txt")
 
     assert metrics_of(run) == metrics_of(tuned)
     assert {path.name: path.read_bytes() for path in newest.glob("*.safetensors")} == expected
 
 
+def test_a_rolled_back_run_skips_its_steps_and_trains_on(
+    tuned: Path, tmp_path: Path, warm_ranks: Callable[[int], WarmRanks]
+) -> None:
+    run = Path(shutil.copytree(tuned, tmp_path / "run"))
+
+    assert roll_back(run, 1)[1:] == (4, 6)
+    longer = (f"run={run}", "training.steps=7")
+    warm_ranks(1).train(run / "config.yaml", longer, tmp_path / "out.txt")
+
+    assert [line["step"] for line in metrics_of(run) if line.get("excluded")] == [4, 5, 6]
+    assert len(curve_of(run)) == 3 + 1
+    assert val_losses_of(run)[7] < val_losses_of(tuned)[0]
+
+
+def test_a_branch_repeats_its_trunk_and_its_copies_are_whole(
+    tuned: Path, tmp_path: Path, warm_ranks: Callable[[int], WarmRanks]
+) -> None:
+    run, copies = tmp_path / "branch", tmp_path / "copies"
+    trunk = complete_checkpoints(tuned)[-2]
+    ways = (f"run={run}", "init_from=null", f"branch_from={trunk}", f"checkpoint.copy_to={copies}")
+    warm_ranks(1).train(tuned / "config.yaml", ways, tmp_path / "out.txt")
+
+    assert curve_of(run)[-3:] == pytest.approx(curve_of(tuned)[-3:], abs=1e-5)
+    source, copied = open_source(run), open_source(copies / "branch" / "step-00000006")
+    assert all(torch.equal(source.read(name), copied.read(name)) for name in source.shapes)
+    shutil.rmtree(run / "checkpoints")
+    warm_ranks(1).train(run / "config.yaml", ("training.steps=7",), tmp_path / "again.txt")
+    assert curve_of(run)[-4:-1] == pytest.approx(curve_of(tuned)[-3:], abs=1e-5)
+
+
 def test_another_number_of_ranks_and_stage_resumes(
-    tuned: Path, tmp_path: Path, warm_ranks: Callable[[int], object]
+    tuned: Path, tmp_path: Path, warm_ranks: Callable[[int], WarmRanks]
 ) -> None:
     run = Path(shutil.copytree(tuned, tmp_path / "run"))
     shutil.rmtree(complete_checkpoints(run)[-1])
 
     resume = (f"run={run}", "zero.stage=3")
-    warm_ranks(1).train(run / "config.yaml", resume, tmp_path / "out.txt")  # type: ignore[attr-defined]
+    warm_ranks(1).train(run / "config.yaml", resume, tmp_path / "out.txt")
 
     assert curve_of(run) == pytest.approx(curve_of(tuned), abs=1e-5)
