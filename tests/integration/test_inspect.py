@@ -42,7 +42,7 @@ def exports(run_of: RunOf, tmp_path_factory: pytest.TempPathFactory) -> Callable
     for kind in ("hf", "gguf"):
         (folder / kind).mkdir()
     write_hf_folder(folder / "hf", "tiny", source, torch.float32, 10**9)
-    write_gguf_folder(folder / "gguf", "tiny", source, "f32")
+    write_gguf_folder(folder / "gguf", "tiny", source, "float32")
     return lambda kind: folder / kind
 
 
