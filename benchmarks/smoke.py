@@ -181,6 +181,17 @@ def _tokenizer(made_up: MadeUp, path: Path) -> Path:
     return path / TOKENIZER_NAME
 
 
+def _tokenizer_json(_: MadeUp, path: Path) -> Path:
+    """Byte-level BPE with GPT-2's splits."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(_documents(1), vocab_size=_VOCAB_SIZE, show_progress=False)
+    file = path.with_suffix(".json")
+    tokenizer.save(str(file))
+    return file
+
+
 def _build(made_up: MadeUp, path: Path, val_fraction: float) -> None:
     from data_pipeline.build.command import build_shards
     from data_pipeline.build.settings import BuildSettings
@@ -276,6 +287,7 @@ _MAKERS: dict[str, Callable[[MadeUp, Path], Path | None]] = {
     "rows": _rows,
     "rows_val": _rows,
     "tokenizer": _tokenizer,
+    "tokenizer_json": _tokenizer_json,
     "shards": _shards,
     "shards_without_val": _shards_without_val,
     "forward": _model,

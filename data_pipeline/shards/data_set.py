@@ -13,7 +13,12 @@ from data_pipeline.common.file_names import path_within
 from data_pipeline.common.limits import MAX_DICTIONARY_BYTES, MAX_TOKENIZER_BYTES
 from data_pipeline.common.local_paths import local_path
 from data_pipeline.common.regular_files import read_file
-from data_pipeline.errors import ShardCorruptError, TokenizerError, TokenizerMismatchError
+from data_pipeline.errors import (
+    ShardCorruptError,
+    SourceUnreadableError,
+    TokenizerError,
+    TokenizerMismatchError,
+)
 from data_pipeline.shards.cache_folder import require_cache_folder
 from data_pipeline.shards.frame_cache import CacheSettings, FrameCache
 from data_pipeline.shards.manifest import (
@@ -98,15 +103,19 @@ class DataSet:
         """
         shown = f"{self.name}/{TOKENIZER_NAME}"
         try:
+            model_bytes = self._folder.read(TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
+        except (OSError, SourceUnreadableError) as error:
+            # A server may forbid what is missing, as S3 does without permission to list.
             try:
-                model_bytes = self._folder.read(TOKENIZER_NAME, MAX_TOKENIZER_BYTES)
-            except FileNotFoundError:
                 model_bytes = self._folder.read(TOKENIZER_JSON_NAME, MAX_TOKENIZER_BYTES)
-                shown = f"{self.name}/{TOKENIZER_JSON_NAME}"
-        except OSError as error:
-            raise TokenizerError(
-                f"cannot read the tokenizer {shown}: {error.strerror}; restore that file"
-            ) from None
+            except (OSError, SourceUnreadableError) as other:
+                first = other if isinstance(error, FileNotFoundError) else error
+                if isinstance(first, SourceUnreadableError):
+                    raise first from None
+                raise TokenizerError(
+                    f"cannot read the tokenizer {shown}: {first.strerror}; restore that file"
+                ) from None
+            shown = f"{self.name}/{TOKENIZER_JSON_NAME}"
         text_format = self.manifest.text_format
         try:
             codec = TextCodec(model_bytes, text_format.direction, text_format.unit)

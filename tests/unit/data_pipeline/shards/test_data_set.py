@@ -14,6 +14,7 @@ from data_pipeline.errors import (
     ShardCorruptError,
     ShardsMissingError,
     SourceMissingError,
+    SourceUnreadableError,
     TokenizerError,
     TokenizerMismatchError,
 )
@@ -23,7 +24,7 @@ from data_pipeline.shards.frame_cache import CacheSettings
 from data_pipeline.shards.manifest import DICTIONARY_NAME, MANIFEST_NAME, ShardEntry
 from data_pipeline.shards.recompress import recompress
 from data_pipeline.storage import retries
-from data_pipeline.text.tokenizer import TOKENIZER_NAME
+from data_pipeline.text.tokenizer import TOKENIZER_JSON_NAME, TOKENIZER_NAME
 from tests.helpers.batches import BACKWARD_TOKENS, BEGIN, END, write_data_set
 from tests.helpers.data_sets import (
     KINDS,
@@ -255,6 +256,22 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_named(
     with pytest.raises((TokenizerError, TokenizerMismatchError), match=TOKENIZER_NAME) as caught:
         data_set.codec()
     message_of(caught.value)
+
+
+def test_a_tokenizer_of_the_other_name_is_found_where_missing_files_are_forbidden(
+    server: FileServer, copy: Path
+) -> None:
+    """A server such as S3, without permission to list."""
+    place = Place("http", copy, server)
+    data_set = DataSet.open(place.address)
+    content = place.read(TOKENIZER_NAME)
+    place.remove(TOKENIZER_NAME)
+    server.faults.append("403")
+    with pytest.raises(SourceUnreadableError, match=f"{TOKENIZER_NAME}: .*permission"):
+        data_set.codec()
+    place.write(TOKENIZER_JSON_NAME, content)
+    server.faults.append("403")
+    assert data_set.codec().model_bytes == content
 
 
 @pytest.mark.parametrize("address", ["nonsense://bucket/a", "memory://", "http://[nonsense/a"])
