@@ -30,6 +30,8 @@ _CONTEXT_TOKENS = 256
 _FRAME_TOKENS = 1024
 _NUM_DOCUMENTS = 300
 _NUM_ROWS = 90
+_END = b"\0\n"
+"""End of a benchmark's output: a helper of multiprocessing keeps the pipe open after it."""
 
 
 class Benchmark(Command):
@@ -94,6 +96,7 @@ def _run_masked(benchmark: click.Command, script: Path, words: list[str], folder
     sys.argv = [str(script), *words]
     code = _exit_code(benchmark, words)
     sys.stdout.flush()
+    os.write(1, _END)
     os.dup2(usual, 1)
     os.close(usual)
     os.waitpid(pid, 0)
@@ -101,10 +104,12 @@ def _run_masked(benchmark: click.Command, script: Path, words: list[str], folder
 
 
 def _mask(reading: int) -> None:
-    """Print what is read, without digits."""
-    with os.fdopen(reading) as output:
+    """Print what is read, without digits, up to `_END`."""
+    with os.fdopen(reading, "rb") as output:
         for line in output:
-            click.echo(re.sub(r"\d", "#", line), nl=False)
+            click.echo(re.sub(rb"\d", b"#", line.removesuffix(_END)), nl=False)
+            if line.endswith(_END):
+                return
 
 
 def _exit_code(benchmark: click.Command, words: list[str]) -> int:
