@@ -12,6 +12,9 @@ from data_pipeline.errors import TokenizerError
 
 IMPORT = "`megaback import tokenizer FILE --out DIR/tokenizer.json`"
 OTHERS = "use a byte-level BPE one, such as those of GPT-2, Llama 3 and Qwen, or train one"
+_NFC = {"type": "NFC"}
+NFC_NORMALIZERS = (_NFC, {"type": "Sequence", "normalizers": [_NFC]})
+"""Normalizers that change no text in the usual normal form, and can be removed."""
 _LOSSLESS_SPLITS = ("Split", "Digits", "Punctuation")
 _UNSUPPORTED_MODEL = {
     "dropout": "merges at random (dropout)",
@@ -96,7 +99,7 @@ def require_exact(fields: Mapping[str, Any]) -> None:
     normalizer = fields.get("normalizer")
     if normalizer and normalizer != {"type": "Sequence", "normalizers": []}:
         kind = normalizer.get("type") if isinstance(normalizer, dict) else normalizer
-        advice = f"remove it with {IMPORT}" if kind == "NFC" else OTHERS
+        advice = f"remove it with {IMPORT}" if normalizer in NFC_NORMALIZERS else OTHERS
         raise TokenizerError(f"the tokenizer changes text (normalizer {kind!r:.40}); {advice}")
     for name in ("truncation", "padding"):
         if fields.get(name):

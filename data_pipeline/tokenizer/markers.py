@@ -14,7 +14,7 @@ from typing import Any
 from data_pipeline.errors import TokenizerError
 from data_pipeline.text.codec import BEGIN_PIECE, CHAT_PIECES, END_PIECE, Direction, TextCodec, Unit
 from data_pipeline.text.tokenizer import TOKENIZER_JSON_NAME, file_name_of
-from data_pipeline.text.tokenizer_json import fields_of
+from data_pipeline.text.tokenizer_json import NFC_NORMALIZERS, fields_of
 
 _SAME_MARKER = {
     BEGIN_PIECE: ("<|begin_of_text|>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>"),
@@ -122,7 +122,7 @@ class _Markers:
 def _without_changes(fields: dict[str, Any]) -> list[str]:
     """Remove settings that are not needed for the ids of text; what that changes."""
     removed = []
-    if fields.get("normalizer") == {"type": "NFC"}:
+    if fields.get("normalizer") in NFC_NORMALIZERS:
         fields["normalizer"] = None
         removed.append("normalizer NFC: text in another normal form keeps it, with other ids")
     for name in ("truncation", "padding"):

@@ -39,6 +39,14 @@ def test_what_is_there_stays_and_the_rest_follows_the_last_id() -> None:
     assert not marked.renamed
 
 
+def test_a_sequence_of_nfc_alone_is_removed_as_nfc_is() -> None:
+    sequence = {"type": "Sequence", "normalizers": [{"type": "NFC"}]}
+    assert with_markers(qwen_content(normalizer=sequence)) == with_markers(qwen_content())
+    longer = {**sequence, "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    with pytest.raises(TokenizerError, match="normalizer 'Sequence'"):
+        with_markers(qwen_content(normalizer=longer))
+
+
 def test_unused_ids_fill_the_rows_of_the_embedding() -> None:
     marked = with_markers(qwen_content(), NUM_IDS + 20)
     assert marked.vocab_size == forward(marked.content).vocab_size == NUM_IDS + 20
