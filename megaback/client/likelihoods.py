@@ -1,8 +1,9 @@
 """Log-likelihoods by a server, as `megaback.inference.device_pool` computes them here."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
+from megaback.client.daemon_pool import DaemonPool
 from megaback.client.servers import ModelServer
 from megaback.inference.likelihood import Continuation, Likelihood
 
@@ -18,7 +19,7 @@ class RemotePool:
         """Raises BackendError if the server gives no probabilities of a prompt's ids."""
         server.require_scores()
         self._server = server
-        self._threads = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
+        self._threads = DaemonPool(_REQUESTS_AT_ONCE)
 
     @property
     def dtype_name(self) -> str:
@@ -34,11 +35,14 @@ class RemotePool:
 
     def likelihoods(self, continuations: Sequence[Continuation]) -> list[Likelihood]:
         """log P of each, and whether it is greedy. Raises ServeError."""
-        parts = self._threads.map(self._server.likelihoods, _batches(continuations))
-        return [one for part in parts for one in part]
+        batches = [
+            self._threads.submit(self._server.likelihoods, batch)
+            for batch in _batches(continuations)
+        ]
+        return [one for batch in batches for one in batch.result()]
 
     def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.close()
 
     def _log_probabilities(self, continuations: Sequence[Continuation]) -> list[float]:
         found = [self._server.likelihoods(batch) for batch in _batches(continuations)]

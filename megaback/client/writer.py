@@ -6,7 +6,6 @@ print(writer.complete_backwards("and they lived happily ever after."))
 
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from data_pipeline.errors import ConfigError, PromptError
 from data_pipeline.text.codec import Direction, TextCodec, Unit, direction_of
 from data_pipeline.text.incremental import IncrementalDetokenizer
 from megaback.client.connection import KEY_VARIABLE, TIMEOUT_S, Connection
+from megaback.client.daemon_pool import DaemonPool
 from megaback.client.samples import sampled_ids
 from megaback.client.servers import ModelServer, connect
 from megaback.inference.completion import Completer, require_both
@@ -119,21 +119,22 @@ class RemoteWriter(Completer):
 
         shown = list(given)
         num_running = len(texts)
-        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as threads:
-            try:
-                for number in range(len(texts)):
-                    threads.submit(write, number)
-                while num_running:
-                    number, found = arrived.get()
-                    if isinstance(found, Exception):
-                        raise found
-                    if found is None:
-                        num_running -= 1
-                    elif found != shown[number]:
-                        shown[number] = found
-                        yield list(shown)
-            finally:
-                is_stopped.set()
+        threads = DaemonPool(min(_REQUESTS_AT_ONCE, len(texts)))
+        try:
+            for number in range(len(texts)):
+                threads.submit(write, number)
+            while num_running:
+                number, found = arrived.get()
+                if isinstance(found, Exception):
+                    raise found
+                if found is None:
+                    num_running -= 1
+                elif found != shown[number]:
+                    shown[number] = found
+                    yield list(shown)
+        finally:
+            is_stopped.set()
+            threads.close()
 
     def _in(self, direction: Direction, method: str) -> "RemoteWriter":
         text_format = self.codec.format
