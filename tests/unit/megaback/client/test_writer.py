@@ -62,7 +62,7 @@ def llama_cpp(
     "options",
     [
         SamplingOptions(24, temperature=0),
-        SamplingOptions(100, seed=5, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2),
+        SamplingOptions(100, seed=6, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2),
         SamplingOptions(
             24, seed=7, temperature=2.0, min_new_tokens=20, stop_ids=tuple(range(300, 400))
         ),
