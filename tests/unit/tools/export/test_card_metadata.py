@@ -83,7 +83,7 @@ def test_unknown_facts_are_omitted(described: ModelDescription) -> None:
 def test_the_base_of_an_imported_model_is_that_of_the_hubs_cache(
     described: ModelDescription,
 ) -> None:
-    cached = "/root/.cache/huggingface/hub/models--Qwen--Qwen3-0.6B--Base/snapshots/0123abc"
+    cached = "/cache/hub/models--Qwen--Qwen3-0.6B--Base/snapshots/0123abc"
     for path, base in (
         (cached, "Qwen/Qwen3-0.6B--Base"),
         ("models--Qwen--Qwen3-0.6B/snapshots/0123/", "Qwen/Qwen3-0.6B"),
