@@ -4,17 +4,22 @@ Everything is made from a seeded generator of English sentences: no network, no 
 the repository. All of it is session-wide, so tests must not write into these folders.
 """
 
+import atexit
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 
 from data_pipeline import redaction
@@ -33,6 +38,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Size of the terminal that starts the tests; GNU readline also sets it for child processes.
 for _name in ("COLUMNS", "LINES"):
     os.environ.pop(_name, None)
+
+# transformers reads this once, and Python finds the code of exports only in the first such folder.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 # No deadlines, as machines are busy; no random examples, which are for `make fuzz-properties`.
 settings.register_profile("megaback", deadline=None, derandomize=True, max_examples=50)
@@ -54,21 +63,26 @@ def no_secret_is_known() -> Iterator[None]:
             del os.environ[name]
 
 
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Seed the generators of the process: a draw must not depend on tests that ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_accelerate() -> Iterator[None]:
+    """End Accelerate's state, which is the process's: with it, `open_dataset` needs a rank."""
+    yield
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A cache folder in place of the user's, for commands too."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="session")
-def hf_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A temporary cache of the code of exports, in place of the user's."""
-    import transformers
-
-    with pytest.MonkeyPatch.context() as patch:
-        place = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", place)
-        yield
 
 
 NUM_PIECES = 600

@@ -45,7 +45,7 @@ IGNORED = -100
 
 
 @pytest.fixture(scope="module", autouse=True)
-def others(tmp_path_factory: pytest.TempPathFactory, hf_modules: None) -> Iterator[None]:
+def others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """`datasets` with a temporary cache."""
     import datasets
 

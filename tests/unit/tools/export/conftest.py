@@ -15,9 +15,7 @@ ExportOf = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def export(
-    tmp_path_factory: pytest.TempPathFactory, codec: Callable[..., TextCodec], hf_modules: None
-) -> ExportOf:
+def export(tmp_path_factory: pytest.TempPathFactory, codec: Callable[..., TextCodec]) -> ExportOf:
     """`export(direction, unit, context_tokens=64, qk_norm=False)`: an export folder."""
 
     @cache

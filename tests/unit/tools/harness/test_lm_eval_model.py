@@ -59,7 +59,7 @@ NAMES = ["local_choice", "local_rolling", "local_generation"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def modules(tmp_path_factory: pytest.TempPathFactory, hf_modules: None) -> Iterator[None]:
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Temporary caches in place of the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
