@@ -1,6 +1,5 @@
 """`megaback serve`: OpenAI's completions API, and a web page."""
 
-import ipaddress
 import os
 import signal
 import socket
@@ -11,6 +10,7 @@ import click
 
 from data_pipeline.common.command import WorkCommand, examples
 from data_pipeline.common.file_limits import raise_file_limit
+from data_pipeline.common.loopback import is_loopback
 from data_pipeline.common.number_ranges import (
     BODY_BYTES,
     COUNT,
@@ -55,16 +55,6 @@ def read_token(path: Path | None) -> str | None:
             "characters without spaces; write one with `openssl rand -hex 32`"
         )
     return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is reachable from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

@@ -1,23 +1,34 @@
 """HTTP connection to a server of models: JSON requests, and streams of events.
 
 An API key is read from an environment variable. It is sent to the given address only, as redirects
-are errors, and appears in no message.
+are errors, and appears in no message. Proxies of the environment are used, but not for addresses of
+this machine.
 """
 
 import json
 import os
+import ssl
+import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.request import (
+    HTTPRedirectHandler,
+    ProxyHandler,
+    Request,
+    build_opener,
+    getproxies,
+    proxy_bypass,
+)
 
 from data_pipeline.common.checked_json import briefly, parse_json
+from data_pipeline.common.loopback import is_loopback
 from data_pipeline.errors import ConfigError, ServeError
-from data_pipeline.redaction import shown_url
+from data_pipeline.redaction import remember, shown_url
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # also read by lm_eval's and OpenAI's own clients
 TIMEOUT_S = 600.0
@@ -43,13 +54,16 @@ class Connection:
     ) -> None:
         """`timeout_s`: maximum silence of the server.
 
-        Raises ConfigError for an address that is not HTTP or has a login, and for a malformed key.
+        Raises ConfigError for an address that is not HTTP or has a login or a query, and for a
+        malformed key or time.
         """
-        self._url = base_url.rstrip("/").removesuffix("/v1")
-        self.shown = shown_url(self._url)
+        if not 0 < timeout_s <= threading.TIMEOUT_MAX:
+            raise ConfigError(f"`timeout_s` is {timeout_s}; give a number of seconds above 0")
+        url = base_url.strip().rstrip("/").removesuffix("/v1")
+        self.shown = shown_url(url)
         self._timeout_s = timeout_s
         try:
-            parts = urlsplit(self._url)
+            parts = urlsplit(url)
             is_valid = parts.scheme in ("http", "https") and bool(parts.hostname)
             is_valid = is_valid and (parts.port or 1) > 0
         except ValueError:
@@ -60,12 +74,20 @@ class Connection:
             )
         if parts.username is not None:
             raise ConfigError(f"{self.shown} has a login; give the API key in {key_variable}")
+        if parts.query or parts.fragment:
+            raise ConfigError(f"{self.shown} is given with a query or a fragment; remove it")
+        self._url = urlunsplit(parts._replace(path=quote(parts.path, safe="/%:@!$&'()*+,;=~")))
         self._headers = {"Content-Type": "application/json"}
         if key := os.environ.get(key_variable, "").strip():
             if not (key.isascii() and key.isprintable()):
                 raise ConfigError(f"{key_variable} is not an API key: it has other characters")
+            remember(key)
             self._headers["Authorization"] = f"Bearer {key}"
-        self._opener = build_opener(_NoRedirects)
+        host = parts.hostname or ""
+        is_direct = is_loopback(host) or proxy_bypass(host)
+        self._proxy = None if is_direct else getproxies().get(parts.scheme)
+        proxies = ProxyHandler({} if self._proxy is None else {parts.scheme: self._proxy})
+        self._opener = build_opener(_NoRedirects, proxies)
 
     def ask(self, path: str, fields: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The JSON of an answer to a GET or, with fields, a POST. Raises ServeError."""
@@ -130,10 +152,10 @@ class Connection:
                             f"{self.shown} answers {error.code}: it has moved to {location}; give "
                             "that address"
                         ) from None
-                    reason = error.read(_MAX_REASON_BYTES).decode("utf-8", "replace")
-                with suppress(ValueError):
-                    reason = _reason(json.loads(reason))
-                raise ServeError(f"{self.shown} answers {error.code}: {reason}") from None
+                    reason = _reason_in(error)
+                raise ServeError(
+                    f"{self.shown}{self._by_proxy()} answers {error.code}: {reason}"
+                ) from None
             except (URLError, HTTPException, OSError, ValueError) as error:
                 reset = isinstance(getattr(error, "reason", error), ConnectionResetError)
                 if reset and attempt + 1 < _MAX_ATTEMPTS:
@@ -143,9 +165,20 @@ class Connection:
         raise AssertionError
 
     def _broken(self, error: Exception) -> ServeError:
+        shown = f"{self.shown}{self._by_proxy()}"
+        if isinstance(getattr(error, "reason", error), ssl.SSLCertVerificationError):
+            return ServeError(
+                f"the certificate of {shown} is not trusted ({error}); if it is yours, set "
+                "SSL_CERT_FILE to a file with it or its authority's"
+            )
         return ServeError(
-            f"{self.shown} does not answer ({error}); start a server there, or correct the address"
+            f"{shown} does not answer ({error}); start a server there, or correct the address"
         )
+
+    def _by_proxy(self) -> str:
+        if self._proxy is None:
+            return ""
+        return f" by the proxy {shown_url(self._proxy)} (unless no_proxy names the host)"
 
 
 def _within(data: bytes, max_bytes: int) -> bytes:
@@ -168,6 +201,16 @@ def _wait(attempt: int, asked: str | None) -> None:
     if asked is not None and asked.isdecimal():
         wait_s = max(wait_s, int(asked))
     time.sleep(min(wait_s, _MAX_WAIT_S))
+
+
+def _reason_in(refusal: HTTPError) -> str:
+    """The reason of a refusal, as far as it can be read."""
+    body = b""
+    with suppress(HTTPException, OSError):
+        body = refusal.read(_MAX_REASON_BYTES)
+    with suppress(ValueError):
+        return _reason(parse_json(body))
+    return body.decode("utf-8", "replace") or refusal.reason
 
 
 def _reason(body: Any) -> str:

@@ -16,6 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from data_pipeline.common.loopback import is_loopback
 from data_pipeline.errors import LaunchError
 from megaback.distributed.slurm_nodes import first_node
 from megaback.environment import HOST_VARIABLE
@@ -116,14 +117,6 @@ def _listen(host: str, port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an address means the local machine on every node, unlike a hostname."""
-    try:
-        return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
 
 
 def require_known(address: str) -> None:

@@ -1,10 +1,15 @@
 """Requests to a server: retries, reasons of refusals, and an API key that is sent to it only."""
 
 import json
+import math
+import re
+import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from unittest.mock import patch
+from urllib.error import URLError
 
 import pytest
 
@@ -33,8 +38,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(503, b"later", Retry_After="0")
         elif self.path == "/moved":
             self._answer(302, b"", Location="/elsewhere")
-        elif self.path == "/refused":
+        elif self.path.removeprefix("http://far") == "/refused":
             self._answer(400, json.dumps({"error": {"message": "no such field"}}).encode())
+        elif self.path == "/broken":  # the reason never arrives in whole
+            self._answer(500, b"no mem", Content_Length="900")
+        elif self.path == "/deep":
+            self._answer(500, b"[" * 1999)
+        elif self.path == "/key":
+            self._answer(401, f"wrong key {self.headers['Authorization'][7:]}".encode())
+        elif self.path == "/no%20reason/v1/models":
+            self._answer(418, b"")
         elif self.path.startswith("/other"):
             self._answer(200, OTHER_ANSWERS[int(self.path.removeprefix("/other"))])
         else:
@@ -84,6 +97,52 @@ def test_a_refusal_has_the_servers_reason(url: str) -> None:
     assert KEY not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("path", "reason"), [("/broken", "500: no mem"), ("/deep", "500: [[[["), ("/key", "401: wrong")]
+)
+def test_a_refusal_that_is_cut_malformed_or_indiscreet_is_an_error_too(
+    url: str, monkeypatch: pytest.MonkeyPatch, path: str, reason: str
+) -> None:
+    monkeypatch.setenv("MINE", KEY)
+    with pytest.raises(ServeError, match=re.escape(reason)) as caught:
+        Connection(url, "MINE").ask(path)
+    assert KEY not in str(caught.value)
+
+
+def test_a_path_before_that_of_the_api_is_quoted(url: str) -> None:
+    with pytest.raises(ServeError, match="answers 418: I'm a Teapot"):
+        Connection(url.replace("/v1", "/no reason/v1/\n")).ask("/v1/models")
+
+
+def test_a_proxy_is_named_and_does_not_get_what_is_for_this_machine(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://me:hunter22@{url.split('/')[2]}")
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(
+        ServeError, match=r"^http://far by the proxy http://127\S+ .*: no such field"
+    ):
+        Connection("http://far").ask("/refused")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert Connection(url).ask("/whole") == {"found": True}
+
+
+def test_a_certificate_that_is_not_trusted_is_an_error_with_what_to_do() -> None:
+    cause = ssl.SSLCertVerificationError("self-signed certificate")
+    found = Connection("https://127.0.0.1:9")
+    with (
+        patch.object(found._opener, "open", side_effect=URLError(cause)),
+        pytest.raises(ServeError, match=r"is not trusted .*set SSL_CERT_FILE"),
+    ):
+        found.ask("/v1/models")
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, math.nan, math.inf])
+def test_a_time_that_is_none_is_refused(timeout_s: float) -> None:
+    with pytest.raises(ConfigError, match="`timeout_s`"):
+        Connection("http://127.0.0.1:9", timeout_s=timeout_s)
+
+
 def test_events_are_read_to_the_end_or_it_is_an_error(url: str) -> None:
     found = Connection(url)
     assert list(found.events("/whole", {})) == [{"n": 1}, {"n": 2}]
@@ -119,6 +178,7 @@ def test_an_event_of_another_form_or_without_end_is_an_error(
         ("127.0.0.1:8000", "give one like"),
         ("file:///etc/passwd", "give one like"),
         ("http://host:port", "give one like"),
+        ("http://host/v1?api_key=hunter22", "remove it"),
         ("http://me:hunter22@host/v1", "give the API key in OPENAI_API_KEY"),
     ],
 )

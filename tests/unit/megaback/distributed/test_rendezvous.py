@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from data_pipeline.errors import LaunchError
-from megaback.distributed.rendezvous import is_loopback, listen, name_rank, ranks_per_node
+from megaback.distributed.rendezvous import listen, name_rank, ranks_per_node
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEP = {
@@ -34,24 +34,6 @@ def meeting_of(monkeypatch: pytest.MonkeyPatch, **more: str) -> tuple[str, int]:
             patch.setenv(name, value)
         name_rank()
         return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-
-
-@pytest.mark.parametrize(
-    ("address", "is_local"),
-    [
-        ("127.0.0.1", True),
-        ("127.3.2.1", True),
-        ("::1", True),
-        ("localhost", True),
-        ("10.0.0.7", False),
-        ("fe80::1", False),
-        (socket.gethostname(), False),  # 127.0.1.1 here, perhaps, and another address elsewhere
-    ],
-)
-def test_an_address_is_loopback_only_if_it_is_so_on_every_node(
-    address: str, is_local: bool
-) -> None:
-    assert is_loopback(address) is is_local
 
 
 @pytest.mark.parametrize(
