@@ -85,6 +85,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SUMS_NAME = "SHA256SUMS"
 GGUF_NAME = "model.gguf"
 ADAPTER_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 """File of a peft adapter, which has no config.json."""
 HF_TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 """File that only folders for transformers have."""
@@ -165,8 +166,8 @@ def refuse_unreadable_model(path: Path) -> None:
         )
     if (path / ADAPTER_NAME).is_file():
         raise CheckpointMissingError(
-            f"{path} is an adapter, not a model; merge it in peft (`merge_and_unload()`, "
-            "`save_pretrained(DIR)`), save its tokenizer to DIR too, and give that folder"
+            f"{path} is an adapter, not a model; merge it with its base, the export that it was "
+            f"trained on: `megaback convert {path} --base BASE --out DIR`, and give DIR"
         )
 
 

@@ -1,4 +1,4 @@
-"""`megaback convert`: exports a checkpoint of any ZeRO stage: full, Hugging Face or GGUF.
+"""`megaback convert`: exports a checkpoint of any ZeRO stage: full, Hugging Face, GGUF or PEFT.
 
 Weights are read and written one tensor at a time, and the folder is renamed to its final name once
 it is complete.
@@ -21,7 +21,7 @@ from data_pipeline.common.shared_options import out_folder_option
 from data_pipeline.common.terminal import echo
 from data_pipeline.errors import MegabackError
 from data_pipeline.text.codec import Direction
-from megaback.run_folder import CHECKPOINTS_FOLDER
+from megaback.run_folder import ADAPTER_NAME, CHECKPOINTS_FOLDER
 from megaback.use_commands import use_commands
 from tools.model_options import (
     GGUF_DTYPES,
@@ -77,13 +77,16 @@ def convert(
     overwrite: bool = False,
     direction: Direction | None = None,
     license_id: str | None = None,
+    base: Path | None = None,
 ) -> None:
-    """Export a run, one of its checkpoints, or a converted model as `full`, `hf` or `gguf`.
+    """Export a run, one of its checkpoints, or a converted model as `full`, `hf`, `gguf` or `peft`.
 
-    Raises CheckpointMissingError, CheckpointCorruptError, OutputExistsError, BackendError, OSError.
+    `base`: an export of the base, of an adapter of PEFT that is merged with it, or for `peft`.
+    Raises CheckpointMissingError, CheckpointCorruptError, OutputExistsError, BackendError,
+    RunMismatchError, OSError.
     """
-    _require_out(out, [source_path], overwrite=overwrite)
-    source = _source_of(source_path)
+    _require_out(out, [source_path, *([] if base is None else [base])], overwrite=overwrite)
+    source = _source_of(source_path, base)
     _write(
         source,
         out,
@@ -93,14 +96,22 @@ def convert(
         overwrite=overwrite,
         direction=direction,
         license_id=license_id,
+        base=base,
     )
 
 
-def _source_of(path: Path) -> "WeightSource":
-    """A source with the val loss in bits per byte too. Raises the errors of `open_source`."""
+def _source_of(path: Path, base: Path | None) -> "WeightSource":
+    """A source with the val loss in bits per byte too, or an adapter merged with its base.
+
+    Raises the errors of `open_source` and `merged_with`.
+    """
+    from megaback.weights.identity import description_of, identity_of
+    from megaback.weights.peft_adapter import merged_with
     from megaback.weights.source import open_source
     from tools.export.val_losses import with_val_bits_per_byte
 
+    if base is not None and (path / ADAPTER_NAME).is_file():
+        return merged_with(path, open_source(base), identity_of(description_of(base)))
     return with_val_bits_per_byte(open_source(path), path)
 
 
@@ -124,12 +135,14 @@ def _write(
     overwrite: bool,
     direction: Direction | None,
     license_id: str | None,
+    base: Path | None = None,
 ) -> None:
     import torch
 
     from megaback.weights.model_folder import write_model_folder
     from tools.export.gguf import write_gguf_folder
     from tools.export.hf import write_hf_folder
+    from tools.export.peft import require_same_base, write_peft_folder
 
     if direction is not None:
         text_format = source.description.text_format.using(direction, "the model")
@@ -141,7 +154,11 @@ def _write(
                 echo(f"{dtype}: rows are no multiple of its block, so another type: {one}")
             return
         torch_dtype: torch.dtype = getattr(torch, dtype)
-        if kind == "full":
+        if kind == "peft":
+            assert base is not None
+            updates = require_same_base(source, base)
+            write_peft_folder(folder, source, updates, base, torch_dtype, license_id)
+        elif kind == "full":
             specs = source.specs(torch_dtype)
             write_model_folder(
                 folder, source.description, specs, source.read, source.tokenizer, max_file_bytes
@@ -190,6 +207,8 @@ def _average_of(
         "--out models/xcoax-hf",
         "megaback convert models/xcoax --to gguf --outtype q4_k_m --out models/xcoax-gguf",
         "megaback convert runs/xcoax_100bt --average-last 5 --out models/xcoax-mean",
+        "megaback convert runs/lora --to peft --base models/base-hf --out adapters/lora",
+        "megaback convert adapters/theirs --base models/base-hf --out models/merged",
         "megaback convert runs/a runs/b models/c --average --shards data/novels --out models/soup",
     ),
 )
@@ -203,10 +222,18 @@ def _average_of(
 @click.option(
     "--to",
     "kind",
-    type=click.Choice(["full", "hf", "gguf"]),
+    type=click.Choice(["full", "hf", "gguf", "peft"]),
     default="full",
     show_default=True,
-    help="Format: full is megaback's own, hf is for transformers, gguf for llama.cpp.",
+    help="Format: full is megaback's own, hf is for transformers, gguf for llama.cpp, and peft is "
+    "the adapter of a run with LoRA alone.",
+)
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Export of the base by --to hf: of a run with LoRA, for --to peft, or of an adapter of "
+    "PEFT that is CHECKPOINT, to merge them.",
 )
 @out_folder_option
 @overwrite_option
@@ -250,6 +277,7 @@ def _average_of(
 def main(
     checkpoints: tuple[Path, ...],
     kind: str,
+    base: Path | None,
     out: Path,
     overwrite: bool,
     direction: Direction | None,
@@ -267,10 +295,10 @@ def main(
     RUN/checkpoints/best is the checkpoint with the lowest val loss, in a run with
     validation.patience. With --average, several are given, of one shape and tokenizer.
     """
-    if direction is not None and kind == "full":
-        raise click.UsageError("--direction is for hf and gguf; full has every direction.")
+    if direction is not None and kind in ("full", "peft"):
+        raise click.UsageError(f"--direction is for hf and gguf; {kind} has every direction.")
     if license_id is not None and kind == "full":
-        raise click.UsageError("--license is for the cards of hf and gguf; full has none.")
+        raise click.UsageError("--license is for the cards of hf, gguf and peft; full has none.")
     if dtype in GGUF_DTYPES and kind != "gguf":
         raise click.UsageError(f"--dtype {dtype} is for --to gguf; use float32 or bfloat16.")
     averages = is_average or average_last is not None
@@ -280,9 +308,14 @@ def main(
         raise click.UsageError(
             f"{len(checkpoints)} CHECKPOINTs are exported only as their mean; add --average."
         )
+    if kind == "peft" and (base is None or averages):
+        raise click.UsageError("--to peft needs the --base of one CHECKPOINT.")
+    is_adapter = (checkpoints[0] / ADAPTER_NAME).is_file()
+    if base is not None and kind != "peft" and (averages or not is_adapter):
+        raise click.UsageError("--base is for --to peft, or for an adapter of PEFT as CHECKPOINT.")
     if not averages and (shards is not None or device is not None):
         raise click.UsageError("--shards and --device are for the val loss of an average.")
-    _require_out(out, checkpoints, overwrite=overwrite)
+    _require_out(out, [*checkpoints, *([] if base is None else [base])], overwrite=overwrite)
     from megaback.weights.average import last_checkpoints
 
     if averages:
@@ -291,7 +324,7 @@ def main(
             paths = tuple(last_checkpoints(checkpoints[0], average_last))
         source = _average_of(paths, measures=measures, shards=shards, device=device)
     else:
-        source = _source_of(checkpoints[0])
+        source = _source_of(checkpoints[0], base)
     _write(
         source,
         out,
@@ -301,9 +334,10 @@ def main(
         overwrite=overwrite,
         direction=direction,
         license_id=license_id,
+        base=base,
     )
     click.echo(f"wrote {out}")
-    if kind != "gguf":
+    if kind in ("full", "hf"):
         from megaback.weights.model_folder import read_description
 
         made = read_description(out)

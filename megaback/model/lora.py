@@ -6,6 +6,7 @@ first, so that the model starts as its base.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -54,6 +55,15 @@ def initial_adapters(
         else:
             bound = 1 / math.sqrt(size[1])
             yield name, torch.empty(size).uniform_(-bound, bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class LowRankUpdates:
+    """Trained factors of a run, and the weights that they are updates of, by name."""
+
+    section: LoraSection
+    read_base: Callable[[str], Tensor]
+    read_factor: Callable[[str], Tensor]
 
 
 def with_updates(

@@ -19,7 +19,7 @@ from megaback.checkpoints.safetensors_file import Spec
 from megaback.checkpoints.saved_runs import WEIGHT
 from megaback.config import Config
 from megaback.model.gpt import ReverseGPT
-from megaback.model.lora import with_updates
+from megaback.model.lora import LowRankUpdates, with_updates
 from megaback.origins import WeightsIdentity
 from megaback.planning.adapters import adapter_shapes, factors_of_matrices
 from megaback.run_folder import MODEL_CONFIG_NAME
@@ -42,6 +42,8 @@ class WeightSource:
     tokenizer: bytes
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
+    updates: LowRankUpdates | None = None
+    """Factors of a run with LoRA, whose weights are read merged."""
 
     @torch.no_grad()
     def fill(self, model: ReverseGPT) -> None:
@@ -102,12 +104,14 @@ def open_checkpoint(path: Path, part: int = 0, parts: int = 1) -> WeightSource:
         return weight
 
     read: Callable[[str], Tensor] = read_trained
+    updates = None
     if adapters is not None:
         frozen = open_frozen(target, meta)
         require_shapes(target, frozen, shapes)
         factors = factors_of_matrices(config.model, adapters)
+        updates = LowRankUpdates(adapters, frozen.tensor, read_trained)
         read = with_updates(factors, adapters.scale, frozen.tensor, read_trained)
-    return WeightSource(description, _tokenizer_of(target, meta), shapes, read)
+    return WeightSource(description, _tokenizer_of(target, meta), shapes, read, updates)
 
 
 def _branching_of(meta: CheckpointMeta, config: Config) -> Branching | None:

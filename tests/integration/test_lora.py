@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from data_pipeline.errors import RunMismatchError
 from data_pipeline.text.codec import TextCodec
 from megaback.checkpoints.safetensors_file import TensorFile
+from megaback.cli import main as megaback_command
 from megaback.config import ModelSection
+from megaback.model.attention import Segments
 from megaback.model.gpt import ReverseGPT
 from megaback.run_folder import complete_checkpoints
 from megaback.tracking.samples_log import read_samples
@@ -25,10 +29,12 @@ from tests.helpers.tiny_run import (
     val_losses_of,
 )
 from tests.helpers.warm_ranks import WarmRanks
+from tools.convert import convert
 from tools.rollback import roll_back
 
 pytestmark = pytest.mark.slow
 
+CPU = torch.device("cpu")
 RunOf = Callable[..., Path]
 SAMPLES = (
     'validation.samples=["and so it ended."]',
@@ -130,6 +136,64 @@ def test_the_merged_model_has_the_val_loss_and_the_samples_of_the_run(
 
     assert val_losses_of(merged)[0] == pytest.approx(val_losses_of(tuned)[6], abs=1e-5)
     assert read_samples(merged)[0]["text"] == read_samples(tuned)[-1]["text"]
+
+
+@pytest.fixture(scope="module")
+def exported(base: Path) -> Path:
+    """The base for transformers."""
+    convert(base, base.with_name("hf"), "hf", "float32")
+    return base.with_name("hf")
+
+
+def test_peft_loads_the_adapter_of_a_run_on_the_exported_base(
+    tuned: Path, exported: Path, tmp_path: Path
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    convert(tuned, tmp_path / "peft", "peft", "float32", base=exported)
+
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft")
+    merged = open_source(tuned)
+    ours = ReverseGPT(merged.description.shape, merged.description.vocab_size)
+    merged.fill(ours)
+    ids_T = torch.arange(5, 29)
+    with torch.no_grad():
+        expected = ours.logits(ids_T, torch.arange(24), Segments.from_lengths((24,), CPU))
+        found = model(ids_T[None]).logits[0]
+        with model.disable_adapter():
+            of_base = model(ids_T[None]).logits[0]
+    assert (found - expected).abs().max() < 1e-5
+    assert (of_base - expected).abs().max() > 1e-3
+
+
+def test_an_adapter_of_a_run_and_its_base_are_merged_to_the_weights_of_the_run(
+    tuned: Path, exported: Path, tmp_path: Path
+) -> None:
+    convert(tuned, tmp_path / "peft", "peft", "float32", base=exported)
+    convert(tmp_path / "peft", tmp_path / "back", "full", "float32", base=exported)
+
+    source, back = open_source(tuned), open_source(tmp_path / "back")
+    assert all(torch.equal(source.read(name), back.read(name)) for name in source.shapes)
+
+
+def test_only_a_run_with_lora_and_its_own_base_make_an_adapter(
+    tuned: Path, exported: Path, base: Path, codec: Callable[..., TextCodec], tmp_path: Path
+) -> None:
+    shape = ModelSection.model_validate(tiny_config(Path())["model"]).resolved()
+    model = ReverseGPT(shape, codec().vocab_size)
+    model.initialize(9)
+    convert(write_model(tmp_path / "else", model, codec()), tmp_path / "hf", "hf", "float32")
+
+    for source, given, part in (
+        (base, exported, "has no adapter"),
+        (tuned, base, "is no model for transformers"),
+        (tuned, tmp_path / "hf", "its model.embed_tokens.weight differs"),
+    ):
+        words = ["--to", "peft", "--base", str(given), "--out", str(tmp_path / "x")]
+        result = CliRunner().invoke(megaback_command, ["convert", str(source), *words])
+        assert result.exit_code == RunMismatchError.exit_code, result.output
+        assert part in result.stderr
+        assert not (tmp_path / "x").exists()
 
 
 def test_a_resumed_run_repeats_an_uninterrupted_one_without_its_base(

@@ -27,7 +27,7 @@ from megaback.cli import main as megaback_command
 from megaback.model.gpt import ReverseGPT
 from megaback.training.validation import to_device
 from megaback.weights.init_from import open_base
-from megaback.weights.model_folder import load_model_folder
+from megaback.weights.model_folder import load_model_folder, read_description
 from tests.helpers.exports import write_checkpoint
 from tests.helpers.paths import ROOT
 from tests.helpers.server import load_models, serving
@@ -298,13 +298,26 @@ def test_a_model_of_trl_or_peft_is_exported_as_gguf(trained: Path, tmp_path: Pat
     assert tensors["output.weight"].tolist() == theirs["lm_head.weight"].tolist()
 
 
-def test_an_adapter_that_is_not_merged_is_refused_by_name(lora: Path) -> None:
+def test_an_adapter_of_peft_is_merged_with_its_base_as_by_peft(
+    lora: Path, folder: Path, tmp_path: Path
+) -> None:
+    words = [str(lora / "adapter"), "--base", str(folder / "hf"), "--out", str(tmp_path / "merged")]
+    result = CliRunner().invoke(megaback_command, ["convert", *words])
+    assert result.exit_code == 0, result.output
+
+    ours, theirs = read_weights(tmp_path / "merged"), read_weights(lora / "merged")
+    assert ours.keys() == theirs.keys()
+    assert all((weight - theirs[name]).abs().max() < 1e-6 for name, weight in ours.items())
+    assert read_description(tmp_path / "merged").text_format.direction == Direction.BACKWARD
+
+
+def test_an_adapter_without_its_base_is_refused_by_name(lora: Path) -> None:
     adapter = str(lora / "adapter")
     for words in (["sample", adapter], ["convert", adapter, "--to", "gguf", "--out", f"{lora}/x"]):
         result = CliRunner().invoke(megaback_command, words)
         assert result.exit_code == 40
         assert f"{adapter} is an adapter, not a model" in result.stderr
-        assert "merge_and_unload()" in result.stderr
+        assert f"megaback convert {adapter} --base BASE" in result.stderr
 
 
 @pytest.fixture(scope="module")
