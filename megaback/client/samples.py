@@ -22,6 +22,7 @@ def sampled_ids(
     a prompt that does not fit, ConfigError and ServeError.
     """
     server.require_options(options)
+    options.require_ids(codec.vocab_size)
     needed = len(prompt.ids) + (not server.continues)
     if needed > server.context_tokens:
         raise PromptError(
@@ -45,11 +46,10 @@ def sampled_ids(
                 length = 1
             elif server.tokens_at_once is not None and min_tokens:
                 length = min(length, min_tokens)
-            min_tokens = min(min_tokens, length)
         request = Request(
             ids=ids,
             max_tokens=length,
-            min_tokens=min_tokens,
+            min_tokens=min(min_tokens, length),
             seed=(options.seed + number * _SEED_STEP) % _SEEDS,
             options=options,
             first_ids=first,

@@ -142,8 +142,10 @@ class ContinuousBatch:
             )
 
     def add(self, sample: Sample) -> None:
-        """Queue a sample. Raises PromptError, and ValueError if all slots are in use."""
+        """Queue a sample. Raises PromptError, ConfigError for unknown `stop_ids`, and ValueError if
+        all slots are in use."""
         self.check(sample.prompt)
+        sample.options.require_ids(self._decoder.vocab_size)
         if len(self) == self.num_slots:
             raise ValueError(f"all {self.num_slots} slots are in use")
         sample.ids = list(sample.prompt.ids)

@@ -70,6 +70,15 @@ class SamplingOptions:
             if (problem := allowed.problem(getattr(self, name))) is not None:
                 raise ConfigError(f"`{name}` is {getattr(self, name)!r}, {problem}")
 
+    def require_ids(self, vocab_size: int) -> None:
+        """Raises ConfigError if the vocabulary does not have an id of `stop_ids`."""
+        for stop_id in self.stop_ids:
+            if not 0 <= stop_id < vocab_size:
+                raise ConfigError(
+                    f"`stop_ids` has {stop_id}, and the model has the ids 0 to {vocab_size - 1:,}; "
+                    "give some of these"
+                )
+
 
 def choose(logits_BV: Tensor, options: SamplingOptions, draws_B: Tensor) -> Tensor:
     """An id for each row, -1 for a row without a finite maximum: shape (B,).

@@ -157,6 +157,11 @@ async def ask(service: Service, request: schemas.CompletionRequest, deadline: De
         sampling_options(request, seed, service.limits.tokens),
         stop_ids=tuple(request.stop_token_ids),
     )
+    if max(options.stop_ids, default=0) >= model.codec.vocab_size:
+        message = f"{max(options.stop_ids)} does not exist: this model has "
+        raise ProblemError(
+            400, f"stop_token_ids: {message}{model.codec.vocab_size} ids", param="stop_token_ids"
+        )
     require_answer_size(
         len(prompts) * n,
         request.max_tokens,

@@ -87,10 +87,12 @@ class MegabackTextGeneration(Pipeline):  # type: ignore[misc]
         return {}, generate_kwargs, shown
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(inputs, list | tuple) and not inputs:
-            return []
-        if isinstance(inputs, list | tuple) and isinstance(inputs[0], dict):
-            return super().__call__([inputs], *args, **kwargs)[0]
+        if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes):
+            inputs = list(inputs)  # also a tuple, and a column of datasets
+            if not inputs:
+                return []
+            if isinstance(inputs[0], dict):
+                return super().__call__([inputs], *args, **kwargs)[0]
         return super().__call__(inputs, *args, **kwargs)
 
     def preprocess(self, text: Any) -> dict[str, Any]:

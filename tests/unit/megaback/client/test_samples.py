@@ -49,6 +49,13 @@ class Counting(ModelServer):
             yield [last]
 
 
+def test_a_minimum_above_the_maximum_is_the_maximum(codec: Codecs) -> None:
+    server, prompt = Counting(None), codec().prompt("")
+    server.continues = True  # type: ignore[misc] # as `megaback serve`, which refuses more
+    list(sampled_ids(server, codec(), prompt, SamplingOptions(3, min_new_tokens=9)))
+    assert [(asked.min_tokens, asked.max_tokens) for asked in server.asked] == [(3, 3)]
+
+
 def test_the_first_id_is_asked_for_alone_and_the_context_slides(codec: Codecs) -> None:
     prompt = codec().prompt("the end.")
     server = Counting(None)

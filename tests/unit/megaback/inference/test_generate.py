@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.errors import PromptError
+from data_pipeline.errors import ConfigError, PromptError
 from megaback.inference.decoder import Decoder
 from megaback.inference.generate import generate
 from megaback.inference.sampling import SamplingOptions, penalized
@@ -162,6 +162,12 @@ def test_stop_ids_can_be_generated_although_no_text_contains_them() -> None:
 
     assert all(beyond not in ids for ids in free + stopped)
     assert sum(map(len, stopped)) < sum(map(len, free))
+
+
+@pytest.mark.parametrize("stop_id", [-1, VOCAB_SIZE])
+def test_stop_ids_that_do_not_exist_are_refused(stop_id: int) -> None:
+    with pytest.raises(ConfigError, match=f"`stop_ids` has {stop_id}, and the model has"):
+        written([[5]], SamplingOptions(stop_ids=(stop_id,)))
 
 
 def test_the_first_new_id_is_one_that_the_prompt_allows() -> None:

@@ -73,6 +73,11 @@ def endless(models: dict[str, ServedModel]) -> str:
         (b'{"prompt": [], "n": 1}', 400, "prompt"),
         (b'{"prompt": [1, "a"]}', 400, "prompt"),
         (b'{"prompt": [1, 99999]}', 400, "token 99999 does not exist"),
+        (
+            b'{"prompt": "a", "stop_token_ids": [99999]}',
+            400,
+            "stop_token_ids: 99999 does not exist",
+        ),
         (b'{"prompt": [[1], []]}', 400, "prompt"),
         (b'{"prompt": [true]}', 400, "prompt"),
         (b'{"prompt": [' + b"[1]," * 150_000 + b"[1]]}", 400, "at most 64"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 
 import megaback
 from data_pipeline.text.codec import Direction, TextCodec, Unit
@@ -86,6 +87,7 @@ def test_options_of_generate_are_added_to_those_of_a_prompt_or_refused(hf: Path)
     assert character not in other["generated_text"]
     assert write("x", return_dict_in_generate=True, **how) == [first]
     assert write([], **how) == []
+    assert write(Dataset.from_dict({"text": ["x"]})["text"], **how) == write(("x",), **how)
     with pytest.raises(ValueError, match="eos_token_id cannot be given"):
         write("x", eos_token_id=5, **how)
     for wrong in (None, 5, [None]):
