@@ -34,6 +34,9 @@ UV_VERSION := 0.13.9
 PYTHON_VERSION ?= 3.12
 EXTRAS ?=
 
+# Images of containers set it; without bytecode every process of the tests compiles our modules.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test pytest gpu-test fuzz fuzz-properties flash-test lint format reference docs lock wheelhouse clean help
 
 help:

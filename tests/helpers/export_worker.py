@@ -25,10 +25,9 @@ from megaback.data import open_data
 from megaback.distributed.versions import library_versions
 from megaback.distributed.world import World, end_rank, start_world
 from megaback.model.attention import Segments
+from tests.helpers.exports import NUM_IDS, STAGES, TIED
 from tests.helpers.reshard_worker import STEPS, new_engine, train
 
-STAGES = (1, 2, 3)
-TIED = {True: "tied", False: "untied"}
 SHAPES = {
     "tied": ("model.qk_norm=true", "model.head_dim=16"),
     "untied": (
@@ -36,7 +35,6 @@ SHAPES = {
         *("model.rope_scaling_factor=8", "model.rope_original_context_tokens=32"),
     ),
 }
-NUM_IDS = 40
 
 
 def main(path: Path, folder: Path) -> None:

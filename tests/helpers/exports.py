@@ -15,6 +15,10 @@ from megaback.model.gpt import ReverseGPT
 from megaback.run_folder import META_NAME
 
 STEP = 30
+STAGES = (1, 2, 3)
+TIED = {True: "tied", False: "untied"}
+NUM_IDS = 40
+"""Stages, embeddings and ids of the checkpoints that `export_worker` writes."""
 _FORMATS = [(direction, unit) for direction in Direction for unit in Unit]
 of_formats = pytest.mark.parametrize(
     ("direction", "unit"), _FORMATS, ids=[f"{one.value}-{two.value}" for one, two in _FORMATS]

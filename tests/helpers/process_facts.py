@@ -1,6 +1,6 @@
 """A process that prints what it was started with, as JSON, and then ends as its words say.
 
-`python -m tests.helpers.process_facts [exit CODE | fail | start | wait]`.
+`python -m tests.helpers.process_facts [exit CODE | fail | start | wait | work]`.
 """
 
 import json
@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.common.process_pool import run_in_processes
 from tests.helpers.warm_start import COLD_VARIABLE
 
 
@@ -38,11 +39,16 @@ def facts() -> dict[str, Any]:
     }
 
 
+def tell() -> None:
+    """Print the facts."""
+    before = {"is_warm": "torch" in sys.modules, "pid": os.getpid()}
+    print(json.dumps(facts() | before), flush=True)
+    print("a comment", file=sys.stderr)
+
+
 def main() -> None:
     """Print the facts, and end."""
-    before = {"is_warm": "torch" in sys.modules, "pid": os.getpid()}
-    print(json.dumps(facts() | before))
-    print("a comment", file=sys.stderr)
+    tell()
     match sys.argv[1:]:
         case ["exit", code]:
             sys.exit(int(code))
@@ -50,11 +56,11 @@ def main() -> None:
             raise RuntimeError("as asked")
         case ["start"]:
             words = [sys.executable, "-m", "tests.helpers.process_facts"]
-            sys.stdout.flush()
             subprocess.run(words, stdin=subprocess.DEVNULL, check=True)
         case ["wait"]:
-            sys.stdout.flush()
             time.sleep(60)
+        case ["work"]:
+            list(run_in_processes(tell, [()], workers=1))
 
 
 if __name__ == "__main__":

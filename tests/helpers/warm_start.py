@@ -2,7 +2,8 @@
 
 A module or benchmark of ours takes seconds to import torch and DeepSpeed, which is most of the
 time of a test that starts commands or ranks. With `use_warm_starts`, `subprocess` forks such a
-process from a template (`warm_template`). It is a child of this process, with its own arguments,
+process from a template (`warm_template`), and so does `multiprocessing` a worker that it spawns.
+It is a child of this process, with its own arguments,
 environment, working directory, session, signals, descriptors and interpreter teardown; only its
 modules are not imported again. A start that could see a difference is an ordinary one: another
 interpreter, `-c`, variables that are read during imports, or `COLD_VARIABLE` in its environment.
@@ -20,6 +21,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,11 @@ _ROOM = "-" * 16384
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of prctl
 _START = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 _SIGNATURE = inspect.signature(_START)
+_SPAWN = util.spawnv_passfds
+WORKER_WORD = "--multiprocessing-fork"
+"""The last word of a worker that `multiprocessing` spawns."""
+_SAFE_PATH = "PYTHONSAFEPATH"
+"""Set while a worker is spawned, whose import path its parent sends."""
 
 
 class _Template:
@@ -61,8 +68,9 @@ class _State:
 
 
 def use_warm_starts() -> None:
-    """Let `subprocess` start processes warm; the template is started when it is first needed."""
+    """Let processes be started warm; the template is started when it is first needed."""
     subprocess.Popen._execute_child = _execute_child  # type: ignore[attr-defined]
+    util.spawnv_passfds = _spawn
 
 
 def use_template(connection: socket.socket) -> None:
@@ -85,18 +93,42 @@ def _execute_child(process: "subprocess.Popen[Any]", *arguments: Any) -> None:
         "environment": environment,
         "folder": str(Path(call["cwd"] or ".").absolute()),
         "has_own_session": bool(call["start_new_session"]),
-        "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
-        "ignored": [
-            int(number)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
-            if signal.getsignal(number) is signal.SIG_IGN and not call["preexec_fn"]
-        ],
+        "numbers": [0, 1, 2],
+        **_signals(has_handlers=call["preexec_fn"] is not None),
     }
     descriptors = [number if end == -1 else end for number, end in enumerate(ends)]
     process.pid = _fork(template, request, descriptors)
     process._child_created = True  # type: ignore[attr-defined]
     pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
     process._close_pipe_fds(*(call[name] for name in pipes))  # type: ignore[attr-defined]
+
+
+def _spawn(path: Any, words: Sequence[Any], descriptors: Sequence[int]) -> int:
+    """In place of the function of `multiprocessing` that starts a process. Returns its id."""
+    words = [os.fsdecode(word) for word in words]
+    is_worker = words[0] == sys.executable and words[-1] == WORKER_WORD
+    environment = dict(os.environ)
+    seen = {name: value for name, value in environment.items() if name != _SAFE_PATH}
+    template = _template_for(seen) if is_worker else None
+    if template is None:
+        return _SPAWN(path, words, descriptors)
+    request: dict[str, Any] = {
+        "words": words,
+        "environment": environment,
+        "folder": str(Path.cwd()),
+        "has_own_session": False,
+        "numbers": [0, 1, 2, *descriptors],
+        **_signals(has_handlers=False),
+    }
+    return _fork(template, request, request["numbers"])
+
+
+def _signals(has_handlers: bool) -> dict[str, list[int]]:
+    """Signals that a new process blocks and, unless it has handlers at once, ignores."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+    ignored = [] if has_handlers else [n for n in numbers if signal.getsignal(n) is signal.SIG_IGN]
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    return {"blocked": [*map(int, blocked)], "ignored": [*map(int, ignored)]}
 
 
 def _can_be_forked(call: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ See warm_start.py.
 """
 
 import ctypes
+import fcntl
 import gc
 import importlib
 import io
@@ -15,15 +16,17 @@ import runpy
 import signal
 import socket
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from megaback import own_process
-from tests.helpers.warm_start import FAULT_VARIABLE, use_template
+from tests.helpers.warm_start import FAULT_VARIABLE, WORKER_WORD, use_template
 
 _MODULES = (
+    "data_pipeline.build.command",
     "torch._dynamo",
     "deepspeed.runtime.zero.stage3",
     "matplotlib.backends.backend_agg",
@@ -35,7 +38,10 @@ _MODULES = (
     "tools.convert",
     "tools.sample",
 )
-_DESCRIPTORS = 3
+_DESCRIPTORS = 64
+"""Most descriptors that a process is started with."""
+_HIGH = 512
+"""A number above those of the descriptors that a process is started with."""
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -49,8 +55,11 @@ def serve(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
         reading, writing = os.pipe()
         between = os.fork()
         if not between:
+            parent = os.getpid()
             pid = os.fork()
             if not pid:
+                while os.getppid() == parent:  # until the process that asked for it is its parent
+                    time.sleep(0.0002)
                 os.close(reading)
                 os.close(writing)
                 connection.close()
@@ -70,15 +79,24 @@ def next_process(connection: socket.socket) -> dict[str, Any]:
         ours, connection = socket.socketpair()
         if os.fork():
             connection.close()
-            for number, descriptor in enumerate(descriptors):
-                os.dup2(descriptor, number)
-            use_template(ours)
-        else:
+            high = fcntl.fcntl(ours.fileno(), fcntl.F_DUPFD_CLOEXEC, _HIGH)
             ours.close()
+            _renumber(descriptors, request["numbers"])
+            use_template(socket.socket(fileno=high))
+            return request
+        ours.close()
         for descriptor in descriptors:
             os.close(descriptor)
-        if ours.fileno() != -1:
-            return request
+
+
+def _renumber(descriptors: list[int], numbers: list[int]) -> None:
+    """Move descriptors to numbers, which may be those of other ones of them."""
+    copies = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH) for descriptor in descriptors]
+    for descriptor in descriptors:
+        os.close(descriptor)
+    for copy, number in zip(copies, numbers, strict=True):
+        os.dup2(copy, number)
+        os.close(copy)
 
 
 def become(request: dict[str, Any]) -> None:
@@ -90,7 +108,14 @@ def become(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     sys.orig_argv = request["words"]
     _show_words(sys.orig_argv)
-    if "-m" not in sys.orig_argv[:3]:
+    if sys.orig_argv[-1] == WORKER_WORD:
+        sys.argv = ["-c", WORKER_WORD]  # its parent sends it the import path
+        sys.warnoptions += [word[2:] for word in sys.orig_argv if word.startswith("-W")]
+        for option in sys.warnoptions:
+            warnings._setoption(option)  # type: ignore[attr-defined]
+        # It runs the parent's module a second time, as __mp_main__.
+        warnings.filterwarnings("ignore", ".* found in sys.modules after", RuntimeWarning)
+    elif "-m" not in sys.orig_argv[:3]:
         sys.argv = sys.orig_argv[1:]
         sys.path[0] = str(Path(sys.argv[0]).parent)
     elif sys.orig_argv[1] == "-P":
@@ -122,6 +147,9 @@ def run() -> None:
     main_module = ModuleType("__main__")
     # Under the second name, workers that are spawned send objects of the first one's classes.
     sys.modules["__main__"] = sys.modules["__mp_main__"] = main_module
+    if sys.argv[0] == "-c":
+        exec(sys.orig_argv[-2], vars(main_module))
+        return
     if sys.argv[0] != "-m":
         main_module.__file__ = sys.argv[0]
         code = compile(Path(sys.argv[0]).read_bytes(), sys.argv[0], "exec")

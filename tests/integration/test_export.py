@@ -20,7 +20,7 @@ from launcher.ranks.local import rank_names
 from megaback.model.attention import Segments
 from megaback.run_folder import GGUF_NAME
 from megaback.weights.model_folder import load_model_folder
-from tests.helpers.export_worker import NUM_IDS, STAGES, TIED
+from tests.helpers.exports import NUM_IDS, STAGES, TIED
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_run import tiny_config, training_environment
 from tools.convert import convert

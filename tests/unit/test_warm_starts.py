@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,21 @@ def test_processes_of_a_warm_process_are_warm_and_its_children() -> None:
     first, second = facts_of("start")
     assert second["is_warm"]
     assert second["parent"] == first["pid"]
+
+
+def test_a_worker_of_a_warm_process_has_the_circumstances_of_an_ordinary_one() -> None:
+    (first, warm), (_, cold) = (
+        facts_of("work", variables=variables) for variables in ({}, {COLD_VARIABLE: "1"})
+    )
+
+    assert (warm.pop("is_warm"), cold.pop("is_warm")) == (True, False)
+    assert warm.pop("parent") == first["pid"] != cold.pop("parent")
+    for facts in (warm, cold):
+        del facts["pid"]
+        # The numbers of the pipes to its parent are in its words.
+        facts["shown_words"] = re.sub(r"=\d+", "", facts["shown_words"])
+        facts["original_words"] = [re.sub(r"=\d+", "", word) for word in facts["original_words"]]
+    assert warm == cold
 
 
 def test_a_killed_process_takes_its_template_with_it() -> None:
