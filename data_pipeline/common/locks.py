@@ -43,6 +43,20 @@ def take_lock(
         file.close()  # it was replaced or removed meanwhile
 
 
+def try_lock(descriptor: int) -> bool | None:
+    """Take the exclusive lock of an open file or folder, which is released when it is closed.
+
+    False if another process has it, None on file systems without locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
 def is_lock_of(file: IO[bytes], path: Path | str, *, folder: int | None = None) -> bool:
     """Whether a lock's file is still the one at the path."""
     try:

@@ -8,9 +8,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from data_pipeline.common.abandoned import REPLACED_SUFFIX, discard, in_use, remove_abandoned
 from data_pipeline.common.atomic import partial_name, write_text
 from data_pipeline.common.output_paths import MAKER, is_vacant, read_object, require_apart
 from data_pipeline.errors import OutputExistsError
@@ -41,14 +42,24 @@ def require_output_folder(
 def whole_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that is renamed to `out` on success and removed on an error.
 
-    Raises OutputExistsError.
+    Those that killed processes left are removed first. Raises OutputExistsError, also while
+    another process writes the folder.
     """
+    resolved = out.resolve()
+    is_written = remove_abandoned(resolved)
     require_output_folder(out, overwrite=overwrite)
-    out = out.resolve()
+    if is_written:
+        raise OutputExistsError(
+            f"another process is writing `out` {out}; wait until it has finished, or choose "
+            "another `out`"
+        )
+    out = resolved
     partial = out.with_name(partial_name(out.name))
-    replaced = partial.with_suffix(".replaced")
+    replaced = partial.with_suffix(REPLACED_SUFFIX)
+    held = ExitStack()
     try:
         partial.mkdir(parents=True)
+        held.enter_context(in_use(partial))
         yield partial
         write_text(partial / MARKER_NAME, _marker_of(partial))
         require_output_folder(out, overwrite=overwrite)  # it may have changed meanwhile
@@ -58,13 +69,15 @@ def whole_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             out.rmdir()
         os.replace(partial, out)
     except OSError as error:
-        error.filename = error.filename or str(out)  # an error of a full disk names no path
+        if error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(partial):
+            error.filename = str(out)
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if replaced.is_dir() and not out.exists():  # the rename of the new folder failed
             os.replace(replaced, out)
-        shutil.rmtree(replaced, ignore_errors=True)
+        discard(replaced, out)
+        held.close()
 
 
 def _marker_of(folder: Path) -> str:

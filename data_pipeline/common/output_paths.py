@@ -11,12 +11,13 @@ import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import click
 
+from data_pipeline.common.abandoned import in_use, remove_abandoned
 from data_pipeline.common.atomic import claim_name, new_id, replacing
 from data_pipeline.common.local_paths import local_path
 from data_pipeline.common.regular_files import is_device, read_file
@@ -71,9 +72,10 @@ def require_output(
 def writing_output(path: Path, *, overwrite: bool) -> Iterator[IO[bytes]]:
     """Write a result atomically to the path that a user named.
 
-    Symbolic links are followed. Devices and pipes are written to directly. Without `overwrite`, a
-    file created at the path meanwhile is kept: the result gets another name in the same folder,
-    which OutputExistsError reports.
+    Symbolic links are followed. Devices and pipes are written to directly. Partial files that
+    killed processes left of it are removed. Without `overwrite`, a file created at the path
+    meanwhile is kept: the result gets another name in the same folder, which OutputExistsError
+    reports.
     """
     if is_device(path):
         with path.open("wb") as file:
@@ -81,7 +83,9 @@ def writing_output(path: Path, *, overwrite: bool) -> Iterator[IO[bytes]]:
         return
     if path.is_symlink():
         path = Path(os.path.realpath(path))
-    with replacing(path, None if overwrite else _publish_new) as file:
+    remove_abandoned(path)
+    with ExitStack() as held, replacing(path, None if overwrite else _publish_new) as file:
+        held.enter_context(in_use(Path(file.name)))  # until it is renamed
         yield file
 
 
