@@ -6,6 +6,7 @@ nodes, so that all nodes make the same update. Reasons, and what of ZeRO++ is no
 docs/decisions/0075-hierarchical-zero.md.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,16 @@ def require_equal_nodes(section: ZeroSection, world: World) -> None:
 def _require_equal(nodes: Sequence[tuple[str, int]]) -> None:
     """`nodes`: name of each rank's node, and its number of ranks. Raises LaunchError."""
     _, size = nodes[0]
+    num_on_node = Counter(name for name, _ in nodes)
+    for name, local_size in nodes:
+        # Nodes may share a name, as containers do; then it has a multiple of their ranks.
+        if num_on_node[name] % local_size:
+            raise LaunchError(
+                "zero.hierarchical needs the number of ranks of every node: LOCAL_SIZE says "
+                f"{local_size} on {name}, and {num_on_node[name]} of the run's {len(nodes)} are "
+                "there; set LOCAL_SIZE to that, start the ranks by `megaback train`, srun or "
+                "torchrun, or set zero.hierarchical=false"
+            )
     for name, other in nodes:
         if other != size:
             raise LaunchError(
@@ -87,7 +98,7 @@ def _require_equal(nodes: Sequence[tuple[str, int]]) -> None:
             )
     for first in range(0, len(nodes), size):
         names = [name for name, _ in nodes[first : first + size]]
-        if len(names) < size or len(set(names)) > 1:
+        if len(set(names)) > 1:
             raise LaunchError(
                 f"zero.hierarchical needs the {size} ranks of each node to be consecutive, and "
                 f"ranks from {first} on are on {', '.join(names)}; start them node by node "
