@@ -8,6 +8,7 @@ from pathlib import Path
 from data_pipeline.common.rich_console import SafeConsole, SafeProgress
 from data_pipeline.errors import ConfigError
 from data_pipeline.loading.loader import SequentialRows
+from data_pipeline.loading.measured_rows import measured_rows
 from data_pipeline.text.codec import TextCodec
 from megaback.checkpoints.checkpoint import config_of, read_meta
 from megaback.config_data import DataSection
@@ -111,18 +112,19 @@ def measure_val_losses(
 
 
 def _val_rows(average: WeightSource, paths: Sequence[Path], shards: str | None) -> SequentialRows:
-    text_format = average.description.text_format
     if shards is None:
-        section = _data_of(paths)
+        opened = open_shards(_data_of(paths))
     else:
-        direction = text_format.directions.value
-        section = DataSection.model_validate({"shards": shards, "direction": direction})
-    readers = open_shards(section).val_rows(average.description.context_tokens)
-    if not readers:
-        raise ConfigError(f"{section.description} has no val set; name a data set that has one")
-    for rows in readers:
-        name = f"the data set {rows.frames.data_set.name}"
-        rows.text_format.require_same(text_format, name, f"{paths[-1]}")
+        opened = open_shards(DataSection.model_validate({"shards": shards}))
+    if not opened.val_sets:
+        raise ConfigError(
+            f"{opened.section.description} has no val set; name a data set that has one"
+        )
+    described = average.description
+    readers = [
+        measured_rows(data_set, f"{paths[-1]}", described.text_format, described.context_tokens)
+        for data_set in opened.val_sets
+    ]
     return SequentialRows(readers, 0, 1, 1)
 
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_pipeline.errors import DirectionMismatchError, ShardsMissingError, SourceEmptyError
-from data_pipeline.loading.frame_store import FrameStore
 from data_pipeline.loading.loader import sequential_batches
-from data_pipeline.loading.rows import RowReader
+from data_pipeline.loading.measured_rows import measured_rows
 from data_pipeline.shards.data_set import DataSet
 from data_pipeline.sources.registry import list_source, read_slice
 from data_pipeline.text.codec import Direction
@@ -117,12 +116,9 @@ def bits_per_byte(evaluated: Evaluated, _: Evaluated | None, options: SuiteOptio
     data_set = DataSet.open(shards)
     if not data_set.manifest.split("val"):
         raise ShardsMissingError(f"{data_set.name} has no val set; build it with --val-fraction")
-    frames = FrameStore(data_set, "val")
-    text_format = evaluated.description.text_format
-    context_tokens = evaluated.description.context_tokens
-    rows = RowReader(frames, context_tokens, text_format.direction, both=text_format.both)
-    rows.text_format.require_same(
-        text_format, f"the data set {data_set.name}", f"{evaluated.folder}"
+    described = evaluated.description
+    rows = measured_rows(
+        data_set, f"{evaluated.folder}", described.text_format, described.context_tokens
     )
     num_bytes = evaluated.codec.piece_num_bytes()
     batches = sequential_batches(rows, 0, 1, 1)
