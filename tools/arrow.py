@@ -22,17 +22,19 @@ from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.faults.run_ownership import require_run_folder
 from megaback.faults.stop_request import local_time_of
+from megaback.run_folder import newest_checkpoint_step
 from megaback.scoring.paired_difference import PairedDifference
 from tools.direction_gap.ladder import Rung, parse_budgets, parse_sizes, rungs_of
 from tools.direction_gap.ladder_result import LADDER_NAME, Ladder, Point, is_ladder
 from tools.direction_gap.ladder_table import fit_sentence, ladder_table, missing_sentence
 from tools.direction_gap.ladder_training import Trains, earlier_points, measured_points
-from tools.direction_gap.result import JSON_NAME, Arrow, compare, is_summary
+from tools.direction_gap.result import JSON_NAME, Arrow, compare, is_summary, measured_seeds
 from tools.direction_gap.runs import (
     ArrowRun,
     TrainedPair,
     require_comparable,
     runs_of,
+    runs_of_seeds,
     train_all,
 )
 from tools.model_options import device_option
@@ -193,7 +195,15 @@ def main(
         train_all(config, (*overrides, *own), runs, save_before, hostfile)
 
     if sizes is not None and budgets is not None:
-        rungs = rungs_of(config, overrides, parse_sizes(sizes), parse_budgets(budgets), num_seeds)
+        earlier = earlier_points(settings)
+        rungs = rungs_of(
+            config,
+            overrides,
+            parse_sizes(sizes),
+            parse_budgets(budgets),
+            num_seeds,
+            {point.place: [*point.seeds] for point in earlier.values()},
+        )
         for rung in rungs:
             _require(config, (*overrides, *rung.overrides), rung.config.run, rung.runs, ARROW_FILES)
         _require(config, overrides, settings.run, [], LADDER_FILES)
@@ -201,21 +211,42 @@ def main(
             click.echo(
                 "every width has the same learning rate; model.base_width transfers it by muP"
             )
-        _climb(settings, rungs, None if measure_only else train, device, limit)
+        _climb(settings, rungs, None if measure_only else train, earlier, device, limit)
         return
     runs = runs_of(settings, num_seeds)
     _require(config, overrides, settings.run, runs, ARROW_FILES)
-    if not measure_only:
-        train((), runs)
-    pairs = [TrainedPair.find(*pair) for pair in zip(runs[::2], runs[1::2], strict=True)]
     fingerprint = open_data(settings.undivided(), 0, 1).fingerprint
+    pairs = earlier_pairs(settings, runs)
     for pair in pairs:
         pair.require_config(settings, fingerprint)
+    if not measure_only:
+        train((), runs)
+    for forward, backward in zip(runs[::2], runs[1::2], strict=True):
+        pairs.append(TrainedPair.find(forward, backward))
+        pairs[-1].require_config(settings, fingerprint)
+    pairs.sort(key=lambda pair: pair.seed)
     arrow = compare(settings, pairs, device, limit)
     write_arrow(settings, arrow)
     print_table(SafeConsole(), table_of(arrow))
     echo(sentence(arrow))
     click.echo(f"{settings.run / JSON_NAME}\n{settings.run / PICTURE_NAME}")
+
+
+def earlier_pairs(config: Config, runs: Sequence[ArrowRun]) -> list[TrainedPair]:
+    """The pairs in an earlier result whose seeds are not those of `runs`.
+
+    Raises CheckpointMissingError if one is gone, CheckpointCorruptError, and the errors of
+    `TrainedPair.find`.
+    """
+    seeds = set(measured_seeds(config.run)) - {run.seed for run in runs}
+    others = runs_of_seeds(config, seeds)
+    for run in others:
+        if newest_checkpoint_step(run.folder) == 0:
+            raise CheckpointMissingError(
+                f"{config.run / JSON_NAME} has seed {run.seed}, whose run {run.folder} is gone; "
+                f"restore it, or move {JSON_NAME} away to measure the other seeds without it"
+            )
+    return [TrainedPair.find(*pair) for pair in zip(others[::2], others[1::2], strict=True)]
 
 
 def _require(
@@ -236,27 +267,40 @@ def _require(
 
 
 def _climb(
-    settings: Config, rungs: Sequence[Rung], train: Trains | None, device: str | None, limit: int
+    settings: Config,
+    rungs: Sequence[Rung],
+    train: Trains | None,
+    earlier: Mapping[str, Point],
+    device: str | None,
+    limit: int,
 ) -> None:
-    """Measure all rungs; the result is written after each, and shown if training stops."""
-    points: list[Point] = []
-    earlier = earlier_points(settings.run)
+    """Measure all rungs; the result is written after each, and shown if training stops.
+
+    It keeps the earlier points until they are measured again.
+    """
+    found = dict(earlier)
 
     def ladder() -> Ladder:
-        found = {point.name: len(point.seeds) for point in points}
-        missing = [rung.name for rung in rungs if found.get(rung.name, 0) < len(rung.runs) // 2]
-        return Ladder(points, missing)
+        missing = [
+            rung.name
+            for rung in rungs
+            if any(
+                rung.name not in found or run.seed not in found[rung.name].seeds
+                for run in rung.runs
+            )
+        ]
+        return Ladder([found[rung.name] for rung in rungs if rung.name in found], missing)
 
     try:
         for point in measured_points(rungs, train, earlier, device, limit, write_arrow):
-            points.append(point)
-            if point is not earlier.get(point.name):
+            if found.get(point.name) != point:
+                found[point.name] = point
                 write_ladder(settings, ladder())
     except SystemExit:
-        if points:
+        if found:
             report_ladder(settings, ladder())
         raise
-    if not points:
+    if not found:
         raise CheckpointMissingError(
             f"no pair of runs below {settings.run} is finished; train them, without `measure_only`"
         )

@@ -54,7 +54,7 @@ from megaback.run_folder import (
     meant_by,
 )
 from megaback.use_commands import use_commands
-from tools.direction_gap.ladder_result import LADDER_NAME, read_points
+from tools.direction_gap.ladder_result import LADDER_NAME, read_ladder
 from tools.direction_gap.result import JSON_NAME, read_summary
 from tools.export.gguf_inspection import inspect_gguf
 from tools.sweeps.record import RECORD_NAME, require_record
@@ -269,7 +269,7 @@ def _arrow(folder: Path, _verify: bool) -> Artifact:
 
 
 def _ladder(folder: Path, _verify: bool) -> Artifact:
-    points = read_points(folder / LADDER_NAME)
+    points, _ = read_ladder(folder / LADDER_NAME)
     return Artifact(
         kind="ladder of arrows of time",
         path=folder,

@@ -221,6 +221,22 @@ def test_fewer_documents_are_spread_evenly(
     assert whole["targets"] == sum(lengths[place] - 1 for place in last_of_fifths)
 
 
+def test_a_seed_measured_before_stays_in_the_result(copied_run: Path, config_path: Path) -> None:
+    shutil.copytree(copied_run / "seed-3", copied_run / "seed-4")
+    one = json.loads((copied_run / "arrow.json").read_text())["seeds"]
+    options = (f"run={copied_run}", *OPTIONS, "training.seed=4", "--measure-only")
+
+    assert arrow(config_path, *options).exit_code == 0
+
+    both = found_in(copied_run)["seeds"]
+    assert both == {**one, "4": one["3"]}
+    shutil.rmtree(copied_run / "seed-3")
+    assert_refused(
+        arrow(config_path, *options), CheckpointMissingError, "seed 3", "is gone; restore it"
+    )
+    assert found_in(copied_run)["seeds"] == both
+
+
 def rungs_of(run: Path) -> list[dict[str, Any]]:
     rungs: list[dict[str, Any]] = json.loads((run / "ladder.json").read_text())["rungs"]
     return rungs
@@ -256,6 +272,14 @@ def test_a_ladder_keeps_finished_runs_and_trains_the_others(
 
     other = arrow(config_path, *options, "--measure-only", "optimizer.learning_rate=0.1")
     assert_refused(other, RunMismatchError, "optimizer.learning_rate = 0.003", "config has 0.1")
+
+    narrower = (f"run={ladder}", *OPTIONS, "--sizes", "32x1", *LADDER[2:], "--measure-only")
+    shutil.rmtree(finished / "seed-3")
+    for limit in (2000, 5):
+        assert arrow(config_path, *narrower, "--limit", limit).exit_code == 0
+        first, kept = rungs_of(ladder)
+        assert kept == large  # with the documents that it was measured on, also without its runs
+        assert first["max_documents"] == limit
 
 
 def test_a_ladder_needs_sizes_and_budgets(config_path: Path, tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ the width, steps by the budget. Loads no torch.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +19,7 @@ from megaback.config import Config, ModelSection
 from megaback.config_file import load_config
 from megaback.data import open_data
 from megaback.planning.flops import ModelSize
-from tools.direction_gap.runs import ArrowRun, runs_of
+from tools.direction_gap.runs import ArrowRun, runs_of, runs_of_seeds
 
 _SIZE = re.compile(r"(\d+)x(\d+)")
 _Value = TypeVar("_Value", "Size", int)
@@ -108,6 +108,9 @@ class Rung:
     """Overrides of the ladder's config."""
     num_parameters: int
     runs: list[ArrowRun]
+    """Runs to train: none of a rung that only an earlier command asked for."""
+    earlier_runs: list[ArrowRun] = field(default_factory=list)
+    """Runs of seeds that only an earlier command asked for."""
 
     @property
     def name(self) -> str:
@@ -130,32 +133,38 @@ def rungs_of(
     sizes: Sequence[Size],
     budgets: Sequence[int],
     num_seeds: int,
+    earlier: Mapping[tuple[Size, int], Collection[int]] | None = None,
 ) -> list[Rung]:
-    """All sizes with all budgets, the cheapest first.
+    """All sizes with all budgets, and all rungs of `earlier`, the cheapest first.
 
-    Raises ConfigError, and the errors of `open_data`.
+    `earlier`: seeds that were measured before, by size and budget. Raises ConfigError, and the
+    errors of `open_data`.
     """
-    base = load_config(config, overrides)
+    base, earlier = load_config(config, overrides), earlier or {}
     vocab_size = open_data(base.undivided(), 0, 1).codec.vocab_size
-    of_budgets = {budget: _steps(base, budget) for budget in budgets}
-    if len(set(of_budgets.values())) < len(budgets):
+    asked = [(size, budget) for size in sizes for budget in budgets]
+    places = [*asked, *(place for place in earlier if place not in asked)]
+    of_budgets = {budget: _steps(base, budget) for _, budget in places}
+    if len(set(of_budgets.values())) < len(of_budgets):
         raise ConfigError(
             f"two of `budgets` are the same number of steps of {tokens_per_step(base):,} tokens; "
-            "give budgets that differ by a step or more"
+            "give budgets that differ by a step or more, also from those measured before"
         )
     rungs = []
-    for size in sizes:
-        for budget, steps in of_budgets.items():
-            own = (
-                *size.overrides(base.model),
-                f"training.steps={steps}",
-                "training.epochs=null",
-                f"run={base.run / f'{size}-{budget}'}",
-            )
-            settings = load_config(config, (*overrides, *own))
-            runs = runs_of(settings, num_seeds)
-            num_parameters = ModelSize.of(settings.model, vocab_size).total
-            rungs.append(Rung(size, settings, own, num_parameters, runs))
+    for size, budget in places:
+        own = (
+            *size.overrides(base.model),
+            f"training.steps={of_budgets[budget]}",
+            "training.epochs=null",
+            f"run={base.run / f'{size}-{budget}'}",
+        )
+        settings = load_config(config, (*overrides, *own))
+        runs = runs_of(settings, num_seeds) if (size, budget) in asked else []
+        seeds = set(earlier.get((size, budget), ())) - {run.seed for run in runs}
+        num_parameters = ModelSize.of(settings.model, vocab_size).total
+        rungs.append(
+            Rung(size, settings, own, num_parameters, runs, runs_of_seeds(settings, seeds))
+        )
     return sorted(rungs, key=lambda rung: rung.num_parameters * rung.tokens)
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from data_pipeline.common.checked_json import read_json
 from data_pipeline.common.output_paths import read_object
-from data_pipeline.errors import CheckpointCorruptError
+from data_pipeline.errors import CheckpointCorruptError, ConfigError
 from megaback.config import Config
 from megaback.scoring.paired_difference import PairedDifference, standard_error_of_mean
 from megaback.shown_config import shown_config
+from tools.direction_gap.ladder import Size, parse_budgets, parse_sizes
 from tools.direction_gap.ladder_fit import GapFit, fit_gaps
 from tools.direction_gap.result import gap_json, gap_of
 
@@ -35,6 +36,12 @@ class Point:
     seeds: dict[int, PairedDifference]
     models: dict[int, str]
     """Hash of both checkpoints' files, by seed."""
+
+    @property
+    def place(self) -> tuple[Size, int]:
+        """Its size, and the number of tokens that was asked for. Raises ConfigError."""
+        size, budget = self.name.rsplit("-", 1)
+        return parse_sizes(size)[0], parse_budgets(budget)[0]
 
     @property
     def nats_seeds_error(self) -> float | None:
@@ -77,7 +84,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Ladder:
-    """All measured rungs, the cheapest first."""
+    """All measured rungs, the cheapest first, also those of earlier commands."""
 
     points: Sequence[Point]
     missing: Sequence[str]
@@ -108,16 +115,20 @@ def is_ladder(path: Path) -> bool:
     return (read_object(path) or {}).get("format") == _FORMAT_NAME
 
 
-def read_points(path: Path) -> list[Point]:
-    """The points of a result file. Raises CheckpointCorruptError."""
+def read_ladder(path: Path) -> tuple[list[Point], dict[str, Any]]:
+    """The points and the config of a result file. Raises CheckpointCorruptError."""
     try:
         fields = read_json(path)
         if (fields["format"], fields["version"]) != (_FORMAT_NAME, _FORMAT_VERSION):
             raise ValueError("another format or version")
-        return [Point.from_json(rung) for rung in fields["rungs"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        points = [Point.from_json(rung) for rung in fields["rungs"]]
+        names = [f"{size}-{budget}" for size, budget in (point.place for point in points)]
+        if names != [point.name for point in points]:
+            raise ValueError("a rung's name is not WIDTHxLAYERS-TOKENS")
+        return points, dict(fields["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointCorruptError(
-            f"{path} is corrupted, or of another version of megaback ({reason}); write it again by "
-            "`megaback arrow CONFIG --sizes … --budgets … --measure-only`"
+            f"{path} is corrupted, or of another version of megaback ({reason}); move it away, and "
+            "write it again by `megaback arrow CONFIG --sizes … --budgets … --measure-only`"
         ) from None

@@ -98,6 +98,17 @@ def is_summary(path: Path) -> bool:
 
 def read_summary(path: Path) -> dict[str, Any]:
     """The main numbers of a result file. Raises CheckpointCorruptError."""
+    summary, seeds = _read(path)
+    return {**summary, "seeds": len(seeds)}
+
+
+def measured_seeds(folder: Path) -> list[int]:
+    """Seeds of an earlier result in a folder. Raises CheckpointCorruptError."""
+    path = folder / JSON_NAME
+    return _read(path)[1] if is_summary(path) else []
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[int]]:
     try:
         fields = read_json(path)
         if (fields["format"], fields["version"]) != (_FORMAT_NAME, _FORMAT_VERSION):
@@ -105,12 +116,12 @@ def read_summary(path: Path) -> dict[str, Any]:
         keys = ("forward", "backward", "gap", "gap_error", "percent", "percent_error", "documents")
         summary = {key: fields["whole"][key] for key in keys}
         more = {key: fields[key] for key in ("seeds_error", "steps", "tokens")}
-        return {**summary, "seeds": len(fields["seeds"]), **more}
+        return {**summary, **more}, [int(seed) for seed in fields["seeds"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointCorruptError(
-            f"{path} is corrupted, or of another version of megaback ({reason}); write it again by "
-            "`megaback arrow CONFIG --measure-only`"
+            f"{path} is corrupted, or of another version of megaback ({reason}); move it away, and "
+            "write it again by `megaback arrow CONFIG --measure-only`"
         ) from None
 
 

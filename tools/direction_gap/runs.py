@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from megaback.checkpoints.checkpoint import CheckpointMeta
     from megaback.model.gpt import ReverseGPT
 
-_TRAINED_SECTIONS = ("model", "batch", "optimizer", "training")
+TRAINED_SECTIONS = ("model", "batch", "optimizer", "training")
 DIRECTIONS = (Direction.FORWARD, Direction.BACKWARD)
 
 
@@ -56,9 +56,14 @@ class ArrowRun:
 def runs_of(config: Config, num_seeds: int) -> list[ArrowRun]:
     """A forward and a backward run per seed, counted from the config's."""
     first = config.training.seed
+    return runs_of_seeds(config, range(first, first + num_seeds))
+
+
+def runs_of_seeds(config: Config, seeds: Iterable[int]) -> list[ArrowRun]:
+    """A forward and a backward run for each seed."""
     return [
         ArrowRun(seed, direction, config.run / f"seed-{seed}" / direction.value)
-        for seed in range(first, first + num_seeds)
+        for seed in sorted(seeds)
         for direction in DIRECTIONS
     ]
 
@@ -176,7 +181,7 @@ class TrainedPair:
         changes = {
             key: change
             for key, change in changes_on_resume(self.meta.config, config).items()
-            if key.split(".")[0] in _TRAINED_SECTIONS and key != "training.seed"
+            if key.split(".")[0] in TRAINED_SECTIONS and key != "training.seed"
         }
         if self.meta.data_fingerprint != fingerprint:
             changes["the shards"] = (self.meta.data_fingerprint[:12], fingerprint[:12])
@@ -205,7 +210,7 @@ def _facts(meta: "CheckpointMeta", other: "CheckpointMeta") -> Iterator[tuple[st
     yield "updates", meta.updates, other.updates
     yield "the shards", meta.data_fingerprint[:12], other.data_fingerprint[:12]
     yield "order_version", meta.order_version, other.order_version
-    for section in _TRAINED_SECTIONS:
+    for section in TRAINED_SECTIONS:
         for key, value in meta.config[section].items():
             yield f"{section}.{key}", value, other.config[section][key]
     rows = (one.config["data"].get("rows", "stream") for one in (meta, other))

@@ -90,6 +90,22 @@ def test_rungs_are_ordered_by_cost_and_have_folders_of_their_own(config_of_ladde
     ]
 
 
+def test_rungs_and_seeds_measured_before_are_kept_without_training(config_of_ladder: Path) -> None:
+    before = {(Size(32, 1), 10_000): [3, 7], (Size(64, 2), 20_000): [3]}
+    asked = (parse_sizes("32x1"), parse_budgets("10k,40k"))
+
+    rungs = rungs_of(config_of_ladder, (), *asked, 1, before)
+
+    assert [
+        (rung.name, [run.seed for run in rung.runs], [run.seed for run in rung.earlier_runs])
+        for rung in rungs
+    ] == [
+        ("32x1-10000", [3, 3], [7, 7]),
+        ("32x1-40000", [3, 3], []),
+        ("64x2-20000", [], [3, 3]),
+    ]
+
+
 def test_budgets_within_the_warmup_or_a_step_of_another_are_refused(config_of_ladder: Path) -> None:
     with pytest.raises(ConfigError, match="10 steps of 512 tokens, not more than the 10 of the"):
         ladder(config_of_ladder, "32x1", "5k")

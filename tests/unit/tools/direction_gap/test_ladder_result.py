@@ -14,7 +14,7 @@ from megaback.scoring.paired_difference import PairedDifference
 from tests.helpers.run_config import run_config
 from tools.artifacts import inspect
 from tools.direction_gap.ladder_figure import ladder_figure
-from tools.direction_gap.ladder_result import LADDER_NAME, Ladder, Point, is_ladder, read_points
+from tools.direction_gap.ladder_result import LADDER_NAME, Ladder, Point, is_ladder, read_ladder
 from tools.direction_gap.ladder_table import fit_sentence, ladder_table, missing_sentence
 
 
@@ -68,17 +68,24 @@ def written(tmp_path: Path) -> Path:
 
 def test_points_are_read_back_as_they_were_written(written: Path) -> None:
     assert is_ladder(written)
-    assert read_points(written) == POINTS
+    assert read_ladder(written)[0] == POINTS
     assert json.loads(written.read_text())["missing"] == ["64x2-300000"]
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": 99}, {"format": "other"}, {"rungs": 3}, {"rungs": [{"name": "32x2"}]}]
+    "change",
+    [
+        {"version": 99},
+        {"format": "other"},
+        {"rungs": 3},
+        {"rungs": [{"name": "32x2"}]},
+        {"config": 3},
+    ],
 )
 def test_another_file_or_version_is_refused(change: dict[str, Any], written: Path) -> None:
     written.write_text(json.dumps(json.loads(written.read_text()) | change))
     with pytest.raises(CheckpointCorruptError, match="--measure-only`"):
-        read_points(written)
+        read_ladder(written)
     assert is_ladder(written) == ("format" not in change)
 
 
