@@ -32,8 +32,11 @@ _MAX_CHARACTERS = 10_000
 
 class ValidationSection(Section):
     every_steps: Annotated[int, ranges.COUNT] | None = None
-    """Interval between measurements of the whole val set, in steps, besides those at the start and
-    at the end of the run."""
+    """Interval between measurements of the val set, in steps, besides those at the start and at the
+    end of the run."""
+    tokens: Annotated[int, ranges.COUNT] | None = None
+    """Part of the val set that is measured, in tokens: whole rows at equal distances over it, the
+    same ones at every measurement and for any number of ranks. Default: the whole val set."""
     patience: Annotated[int, ranges.COUNT] | None = None
     """Number of consecutive measurements without a new best after which the run ends (early
     stopping). The best checkpoint is kept, and named in `checkpoints/best`. Default: no early
@@ -68,6 +71,10 @@ class ValidationSection(Section):
     def suites_interval(self) -> int | None:
         """Interval between measurements of `suites`, in steps."""
         return self.suites_every_steps or self.every_steps
+
+    def max_rows(self, context_tokens: int) -> int | None:
+        """Limit on the number of rows of the val set that are measured."""
+        return None if self.tokens is None else max(1, self.tokens // context_tokens)
 
     @model_validator(mode="after")
     def _patience_has_validations(self) -> "ValidationSection":

@@ -68,6 +68,8 @@ class Data:
     """Steps of the order that the run's own steps are later, if it continues the trunk's data; or
     earlier, if it continues the trunk's count of steps alone."""
     val: tuple[RowReader, ...]
+    max_val_rows: int | None
+    """Limit on the number of rows of all val sets that are measured."""
     given: GivenTexts
 
     @property
@@ -142,12 +144,28 @@ class Data:
             if isinstance(stream.table, DocumentIndex)
         ]
 
+    def describe_val(self) -> str | None:
+        """The part of the val sets that is measured; None if that is all, or there is none."""
+        if not self.val or self.max_val_rows is None:
+            return None
+        rows = self._val_rows(0, 1)
+        if rows.rows_read == rows.rows_of_split:
+            return None
+        return (
+            f"val set: {rows.rows_read:,} of {rows.rows_of_split:,} rows are measured "
+            "(validation.tokens)"
+        )
+
+    def _val_rows(self, group: int, groups: int) -> SequentialRows:
+        return SequentialRows(
+            self.val, group, groups, self.micro_batch_rows, max_rows=self.max_val_rows
+        )
+
     def validation(self, rank: int, world_size: int) -> Iterator[Batch]:
-        """A rank's share of all val sets."""
+        """A rank's share of what is measured of all val sets."""
         if not self.val:
             return
-        group, groups = rank // self.part.count, world_size // self.part.count
-        rows = SequentialRows(self.val, group, groups, self.micro_batch_rows)
+        rows = self._val_rows(rank // self.part.count, world_size // self.part.count)
         size = self.micro_batch_rows
         for batch in rows.slices(0, rows.num_rows, size, size):
             yield self.part.of_batch(batch, self.context_tokens)
@@ -343,6 +361,7 @@ def open_data(
         branch=branch,
         read_steps=read_steps,
         val=val,
+        max_val_rows=config.validation.max_rows(batch.context_tokens),
         given=given_texts(
             config,
             shards.codec,

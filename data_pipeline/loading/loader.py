@@ -250,6 +250,8 @@ class _Prefetcher:
 class SequentialRows:
     """Every row of a split once, in stored order, dealt to the ranks: the val set.
 
+    With `max_rows`, only that many of all rows, at equal distances: the same for any number of
+    ranks.
 
     Each rank in turn gets `micro_batch_rows` rows. All get the same number: each data set is padded
     with rows without targets, because sharded ranks must run every forward pass together.
@@ -266,15 +268,29 @@ class SequentialRows:
         micro_batch_rows: int,
         *,
         in_one_direction: bool = False,
+        max_rows: int | None = None,
     ) -> None:
         self._readers = readers
-        tables = [_dealt(rows, rank, world_size, micro_batch_rows) for rows in readers]
+        places = [_places(rows) for rows in readers]
+        self.rows_of_split = sum(map(len, places))
+        """Number of rows of the whole split, of all ranks."""
+        self.rows_read = min(self.rows_of_split, max_rows or self.rows_of_split)
+        """Number of these that are read, once per direction."""
+        tables = [
+            _dealt(place, is_read, rank, world_size, micro_batch_rows)
+            for place, is_read in zip(places, self._are_read(list(map(len, places))), strict=True)
+        ]
         self._reader = np.repeat(np.arange(len(readers)), [len(table) for table in tables])
         self._place = np.concatenate(tables)
         self._is_forward: Flags | None = None
         if readers[0].text_format.both and not in_one_direction:
             self._is_forward = np.repeat([False, True], len(self._reader))
             self._reader, self._place = np.tile(self._reader, 2), np.tile(self._place, (2, 1))
+
+    def _are_read(self, lengths: list[int]) -> list[Flags]:
+        """Flags of the rows of each data set that are read."""
+        number = np.arange(self.rows_of_split + 1) * self.rows_read // max(1, self.rows_of_split)
+        return np.split(np.diff(number) > 0, np.cumsum(lengths)[:-1])
 
     @property
     def num_rows(self) -> int:
@@ -292,13 +308,20 @@ class SequentialRows:
             yield from pack(rows, begin_id, end_id, len(rows.lengths_N))
 
 
-def _dealt(rows: RowReader, rank: int, world_size: int, micro_batch_rows: int) -> Indices:
-    """Frame and row of each of a rank's rows: shape (rows, 2)."""
+def _places(rows: RowReader) -> Indices:
+    """Frame and row of each row of a split: shape (rows, 2)."""
     frames = rows.frames
     count = -(-frames.num_tokens(np.arange(frames.num_frames)) // rows.context_tokens)
     row = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    place = np.stack([np.repeat(np.arange(frames.num_frames), count), row], axis=1)
+    return np.stack([np.repeat(np.arange(frames.num_frames), count), row], axis=1)
+
+
+def _dealt(
+    place: Indices, is_read: Flags, rank: int, world_size: int, micro_batch_rows: int
+) -> Indices:
+    """Frame and row of each of a rank's rows: shape (rows, 2)."""
     of_nothing = place[-1:] + np.array([0, 1])
+    place = place[is_read]
     missing = -len(place) % (world_size * micro_batch_rows)
     place = np.concatenate([place, of_nothing.repeat(missing, axis=0)])
     return place.reshape(-1, world_size, micro_batch_rows, 2)[:, rank].reshape(-1, 2)

@@ -48,6 +48,9 @@ def require_same_run(config: Config, data: Data, target: Path, meta: CheckpointM
             "use the same shards, or another run folder"
         )
     _require_none(config, differing_keys(before, now, _FIXED_KEYS))
+    if config.validation.patience is not None:
+        subset = differing_keys(before, now, ("validation.tokens",))
+        _require_none(config, subset, ", and the best val loss was measured on that")
     if config.data.depends_on_length:
         length = differing_keys(before, now, ("training.steps", "training.epochs"))
         _require_none(config, length, ", on which weights by fraction of training depend")

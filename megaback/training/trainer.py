@@ -374,6 +374,8 @@ def _open_log(run: Run, world: World) -> MetricsLog | None:
         for message in (gap, other):
             if message is not None:
                 log.message(message)
+    if (val := run.data.describe_val()) is not None:
+        log.message(val)
     for line in run.suites.describe() if run.suites is not None else ():
         log.message(line)
     if run.changes:

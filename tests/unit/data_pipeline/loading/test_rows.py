@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import BatchError, ConfigError, ShardCorruptError
 from data_pipeline.loading.frame_store import FrameStore
-from data_pipeline.loading.loader import sequential_batches
+from data_pipeline.loading.loader import SequentialRows, sequential_batches
 from data_pipeline.loading.rows import IGNORED_TARGET, Batch, RowReader, check_context
 from data_pipeline.shards.data_set import DataSet as OpenDataSet
 from data_pipeline.shards.data_set import LocalFolder
@@ -139,6 +139,55 @@ def test_sequential_batches_give_every_target_once_over_the_ranks(
     flip = direction is Direction.FORWARD
     expected = total(learnable_bigrams(mirrored(frame) if flip else frame) for frame in data.frames)
     assert found == expected
+
+
+@QUICKLY
+@given(
+    shards=document_shards(),
+    others=document_shards(),
+    max_rows=st.integers(1, 9),
+    world_size=WORLD_SIZES,
+    micro_batch_rows=st.integers(1, 5),
+)
+def test_a_part_of_the_rows_is_the_same_for_any_ranks_and_at_equal_distances(
+    shards: list[list[Ids]],
+    others: list[list[Ids]],
+    max_rows: int,
+    world_size: int,
+    micro_batch_rows: int,
+) -> None:
+    with data_set(shards) as data, data_set(others) as other:
+        readers = [data.rows(CONTEXT_TOKENS), other.rows(CONTEXT_TOKENS)]
+
+        def rows_of(world_size: int, micro_batch_rows: int, limit: int | None) -> list[list[int]]:
+            found, sizes = [], set()
+            for rank in range(world_size):
+                rows = SequentialRows(readers, rank, world_size, micro_batch_rows, max_rows=limit)
+                sizes.add(rows.num_rows)
+                for batch in rows.slices(0, rows.num_rows, 1, 1):
+                    if batch.num_targets:
+                        found.append([*batch.ids_T.tolist(), *batch.targets_T.tolist()])
+            assert len(sizes) == 1  # ranks run every forward pass together
+            return sorted(found)
+
+        every = rows_of(1, 1, None)
+        part = rows_of(world_size, micro_batch_rows, max_rows)
+        assert part == rows_of(1, 1, max_rows)
+        assert not Counter(map(tuple, part)) - Counter(map(tuple, every))
+        dealt = SequentialRows(readers, 0, 1, 1, max_rows=max_rows)
+        assert (dealt.rows_read, dealt.num_rows) == (min(max_rows, dealt.rows_of_split),) * 2
+        if max_rows >= dealt.rows_of_split:
+            assert part == every
+
+
+def test_rows_of_a_part_are_spread_over_the_whole_set(small: DataSet) -> None:
+    reader = small.rows(CONTEXT_TOKENS)
+    whole = SequentialRows([reader], 0, 1, 1)
+    every = [batch.ids_T.tolist() for batch in whole.slices(0, whole.num_rows, 1, 1)]
+    part = SequentialRows([reader], 0, 1, 1, max_rows=len(every) // 2)
+    read = [batch.ids_T.tolist() for batch in part.slices(0, part.num_rows, 1, 1)]
+    assert len(every) >= 4
+    assert read == every[1 if len(every) % 2 == 0 else 2 :: 2]
 
 
 @QUICKLY

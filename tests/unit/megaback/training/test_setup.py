@@ -189,6 +189,32 @@ def test_a_run_of_changing_weights_is_refused_by_the_name_of_what_would_change_i
             require_same_run(other, data, run.config.run, meta)
 
 
+def test_early_stopping_keeps_the_part_of_the_val_set_that_it_began_with(
+    config_of: Configs, training_world: World
+) -> None:
+    def config(tokens: int | None, patience: int | None = 3) -> Config:
+        return config_of(validation={"tokens": tokens, "patience": patience, "every_steps": 1})
+
+    with prepared(config(128), training_world) as run:
+        meta = run.meta(2, None, training_world)
+        whole = open_data(config(None), 0, 1)
+        assert run.data.describe_val() == (
+            f"val set: 2 of {sum(1 for _ in whole.validation(0, 1)) * whole.micro_batch_rows} rows "
+            "are measured (validation.tokens)"
+        )
+        assert whole.describe_val() is None
+        assert open_data(config(1 << 40), 0, 1).describe_val() is None
+
+    for tokens, shown in ((None, "null"), (64, "64")):
+        other = config(tokens)
+        with pytest.raises(
+            RunMismatchError, match=rf"tokens = 128.*tokens = {shown}, and the best"
+        ):
+            require_same_run(other, open_data(other, 0, 1), other.run, meta)
+        free = config(tokens, patience=None)
+        require_same_run(free, open_data(free, 0, 1), free.run, meta)
+
+
 def test_a_resume_with_rows_cut_otherwise_is_refused_and_a_run_from_before_the_key_resumes(
     config_of: Configs, training_world: World
 ) -> None:
