@@ -3,7 +3,7 @@
 Names and layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. llama.cpp's Llama
 rotates adjacent pairs, so the two halves of a head are interleaved here; its Qwen3 rotates halves.
 llama.cpp has no notion of direction: its callers reverse ids, or text by words, as the metadata,
-chat template and card explain (gguf_card.py).
+chat template and card explain (gguf_chat.py, gguf_card.py).
 """
 
 from collections.abc import Callable
@@ -26,7 +26,8 @@ from megaback.weights.source import WeightSource
 from megaback.weights.weight_files import write_sums
 from megaback.weights.weight_names import HEAD_NAME
 from tools.export.card_metadata import data_of, hub_base, tags_of, task_of
-from tools.export.gguf_card import chat_template, gguf_card, gguf_description
+from tools.export.gguf_card import gguf_card, gguf_description
+from tools.export.gguf_chat import chat_template
 from tools.export.gguf_types import FLOATS, GgufType, quantizer
 from tools.export.gguf_vocabulary import add_vocabulary
 
@@ -186,7 +187,6 @@ def _add_metadata(writer: Any, source: WeightSource, of_file: GgufType) -> None:
 
     description = source.description
     shape, text_format = description.shape, description.text_format
-    writer.add_chat_template(chat_template(text_format))
     in_use = replace(text_format, both=False)  # a file has the markers of one direction
     for key, value in in_use.to_dict().items():
         writer.add_string(f"megaback.{key}", value)
@@ -207,10 +207,11 @@ def _add_metadata(writer: Any, source: WeightSource, of_file: GgufType) -> None:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     codec = TextCodec.of(source.tokenizer, text_format)
     add_vocabulary(writer, codec)
+    writer.add_chat_template(chat_template(codec))
     writer.add_bos_token_id(codec.begin_id)
     writer.add_eos_token_id(codec.end_id)
     writer.add_eot_token_id(codec.chat_ids["<|im_end|>"])
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(not description.on_examples)  # whose chats begin without one
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     writer.add_remove_extra_whitespaces(False)

@@ -1,11 +1,4 @@
-"""Chat template, description and README.md of a GGUF file.
-
-Without a chat template llama.cpp falls back to ChatML, and a backward model then responds with
-noise. No template can reverse ids, so that of a backward model raises an error. llama.cpp's servers
-render probe messages at startup and exit if they fail, so these render.
-"""
-
-import json
+"""Description and README.md of a GGUF file."""
 
 from data_pipeline.text.codec import Direction, TextCodec, TextFormat, Unit
 from megaback.weights.model_folder import ModelDescription
@@ -13,37 +6,11 @@ from tools.export.card_metadata import card_metadata
 from tools.export.gguf_types import FLOATS
 from tools.export.model_card import example_of, facts_of, origin_of
 
-_PROBES = ["test", "You are a helpful assistant|Hello|Hi there|How are you?"]
-"""Conversations that llama.cpp's servers render at startup, joined by `|`."""
-
-
-def chat_template(text_format: TextFormat) -> str:
-    """Jinja template: an error for a backward model; one instruction for a forward model."""
-    if text_format.direction is Direction.BACKWARD:
-        reason = (
-            "this model reads and writes backward, which no chat template can do: give /completion "
-            "ids in the order in which the model reads, see README.md beside the file"
-        )
-        rest = "{{ raise_exception(" + json.dumps(reason) + ") }}"
-    else:
-        reason = "this model takes one instruction at a time, as one message of the user"
-        rest = (
-            "{%- if messages | length != 1 or messages[0].role != 'user' -%}"
-            "{{ raise_exception(" + json.dumps(reason) + ") }}{%- endif -%}"
-            "<|im_start|><|instruction|>{{ messages[0].content | trim }}<|im_end|>"
-            "<|im_start|><|response|>"
-        )
-    return (
-        "{%- set said = messages | map(attribute='content') | join('|') -%}"
-        "{%- if said in " + json.dumps(_PROBES) + " -%}{{ said }}"
-        "{%- else -%}" + rest + "{%- endif -%}"
-    )
-
 
 def gguf_description(text_format: TextFormat) -> str:
     """Description of how the model reads and writes, for the metadata."""
     if text_format.direction is Direction.FORWARD:
-        return "Reads and writes forward. A chat is one instruction; no text becomes a marker."
+        return "Reads and writes forward. A chat is one instruction, which spells no marker."
     unit = text_format.unit
     what = "the words of a text" if unit is Unit.WORD else "a text's ids"
     return (

@@ -79,6 +79,15 @@ def _add_bpe(writer: Any, codec: TextCodec) -> None:
     writer.add_token_merges([" ".join(pair) for pair in merges_of(fields["model"])])
 
 
+def markers_of(codec: TextCodec) -> list[str]:
+    """Control pieces, which llama.cpp reads in any text that spells them."""
+    if codec.file_name != TOKENIZER_NAME:
+        added = fields_of(codec.model_bytes)["added_tokens"]
+        return [str(token["content"]) for token in added if token["special"]]
+    without_text = [i for i, size in enumerate(codec.piece_num_bytes()) if not size]
+    return [codec.piece(piece_id) for piece_id in without_text]
+
+
 def llama_cpp_splits(fields: Mapping[str, Any]) -> str:
     """llama.cpp's name of the splits of a tokenizer.json. Raises TokenizerError without one."""
     steps = tuple(filter(None, map(_step, split_steps(fields))))

@@ -1,4 +1,4 @@
-"""Chat template and card of a GGUF file, with llama.cpp's own server."""
+"""Card of a GGUF file, with llama.cpp's own server."""
 
 import json
 import re
@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -24,20 +23,8 @@ FORMATS = [
 ]
 
 _SERVERS = """
-import contextlib, io, json, os, sys, urllib.error, urllib.request
+import contextlib, io, json, os, sys
 import xllamacpp
-
-def chat(base, *contents):
-    messages = [{"role": "user", "content": content} for content in contents]
-    body = json.dumps({"messages": messages, "max_tokens": 4}).encode()
-    request = urllib.request.Request(
-        base + "/v1/chat/completions", body, {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)["choices"][0]["message"]["content"]
-    except urllib.error.HTTPError as error:
-        return [error.code, error.read().decode()]
 
 found = []
 for path, code in json.loads(sys.argv[1]):
@@ -48,7 +35,7 @@ for path, code in json.loads(sys.argv[1]):
     base = server.listening_address
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code.replace("http://127.0.0.1:8080", base), {})
-    found.append([printed.getvalue(), chat(base, "the end."), chat(base, "the", "end.")])
+    found.append(printed.getvalue())
 print()
 print(json.dumps(found), flush=True)
 os._exit(0)  # its threads never exit
@@ -69,11 +56,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory, codec: Codecs) -> list[Pat
 
 
 @pytest.fixture(scope="module")
-def served(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """Per model: output of its card's code, and the results of two chats."""
+def served(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Output of the code of each backward model's card."""
     pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
     asked = []
-    for folder in folders:
+    for folder in folders[:2]:
         blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
         asked.append([str(folder / "model.gguf"), "".join(blocks)])
     path = tmp_path_factory.mktemp("llama") / "servers.py"
@@ -86,33 +73,19 @@ def served(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> lis
         timeout=200,
     )
     assert result.returncode == 0, result.stderr
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("[[")]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith('["')]
     return list(json.loads(line))
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["token", "word"])
 def test_the_code_of_a_backward_models_card_writes_before_the_ending(
-    number: int, served: list[Any], codec: Codecs
+    number: int, served: list[str], codec: Codecs
 ) -> None:
-    printed = served[number][0]
+    printed = served[number]
     given, new_tokens = example_of(codec(*FORMATS[number]), CONTEXT_TOKENS)
     assert printed.endswith(given + "\n")
     assert len(printed) > len(given) + 4
     assert 1 + new_tokens + len(codec(*FORMATS[number]).encode(given)) <= CONTEXT_TOKENS
-
-
-@pytest.mark.parametrize("number", [0, 1], ids=["token", "word"])
-def test_a_chat_with_a_backward_model_is_refused(number: int, served: list[Any]) -> None:
-    for code, message in served[number][1:]:
-        assert code >= 400
-        assert "this model reads and writes backward" in message
-
-
-def test_a_forward_model_takes_one_instruction(served: list[Any]) -> None:
-    _, answer, (code, message) = served[2]
-    assert isinstance(answer, str)
-    assert code >= 400
-    assert "one instruction at a time" in message
 
 
 def test_the_metadata_describe_the_direction(folders: list[Path]) -> None:
