@@ -28,6 +28,7 @@ from megaback.model.gpt import ReverseGPT
 from megaback.training.validation import to_device
 from megaback.weights.init_from import open_base
 from megaback.weights.model_folder import load_model_folder, read_description
+from tests.helpers.bpe import qwen_content
 from tests.helpers.exports import write_checkpoint
 from tests.helpers.paths import ROOT
 from tests.helpers.server import load_models, serving
@@ -402,3 +403,21 @@ def test_grpo_learns_by_the_score_of_a_backward_model(
     assert logged["reward_std"] > 0
     assert logged["grad_norm"] > 0
     assert (tmp_path / "out/model.safetensors").is_file()
+
+
+def test_trl_cannot_make_a_chat_template_for_the_tokenizer(folder: Path, tmp_path: Path) -> None:
+    """Neither one for training, nor that of another model."""
+    import transformers
+    from trl import chat_template_utils
+
+    (tmp_path / "tokenizer.json").write_bytes(qwen_content())
+    other = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=f"{tmp_path / 'tokenizer.json'}", chat_template="{{ messages }}"
+    )
+    other.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf", trust_remote_code=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf")
+    with pytest.raises(NotImplementedError, match="tokenize=False is not supported"):
+        chat_template_utils.get_training_chat_template(tokenizer)
+    with pytest.raises(NotImplementedError, match="cannot take another chat template"):
+        chat_template_utils.clone_chat_template(model, tokenizer, str(tmp_path))

@@ -14,6 +14,10 @@ _RESPONSE_PIECE = "<|response|>"
 _ROLES = {"user": "an instruction", "assistant": "a response"}
 
 
+class UnsupportedChatError(NotImplementedError, ValueError):
+    """Refusal of what chats cannot express. Servers try one at startup, and expect ValueError."""
+
+
 @dataclass(frozen=True)
 class Chat:
     """A given text, and the one that the model writes for it, unless it is yet to write it."""

@@ -2,15 +2,17 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import BatchEncoding, LogitsProcessorList, PreTrainedTokenizerBase
 
-from .chat_megaback import START_PIECE, Chat, ChatFormat
+from .chat_megaback import START_PIECE, Chat, ChatFormat, UnsupportedChatError
 from .generation_megaback import PromptRules
 from .new_text_megaback import NewText, stop_texts
+from .piece_index_megaback import PieceIndex
 from .pieces_megaback import Pieces
 from .streaming_megaback import MegabackStreamer
 
@@ -60,8 +62,7 @@ class PromptMethods:
         """
         form = self.chat_format
         rows = [form.prompt_ids(text) for text in _texts(given)]
-        with_text = [i for i, text in enumerate(self._pieces.texts) if text]
-        return self._batch(rows, [with_text] * len(rows), form.stop_id)
+        return self._batch(rows, [self._index.ids] * len(rows), form.stop_id)
 
     def apply_chat_template(
         self,
@@ -87,7 +88,7 @@ class PromptMethods:
         in this order, or only the one for which the model writes the other. It then ends as a
         prompt, unless `add_generation_prompt` is False. The mask of `assistant_masks` is 1 where
         the model writes. Raises ValueError for chats that the model was not trained on, and
-        NotImplementedError for text in place of ids, truncation, tools and other templates.
+        UnsupportedChatError for text in place of ids, truncation, tools and other templates.
         """
         refused = {
             "tools": tools,
@@ -99,12 +100,12 @@ class PromptMethods:
         }
         for name, value in refused.items():
             if value:
-                raise NotImplementedError(
+                raise UnsupportedChatError(
                     f"{name} is not supported: a chat is one instruction and one response, as "
                     "whole ids that no template makes; see chat_prompt() and example()"
                 )
         if not tokenize:
-            raise NotImplementedError(
+            raise UnsupportedChatError(
                 "tokenize=False is not supported: in the text of a chat markers would be text, "
                 "which no text becomes; use the ids of tokenize=True, or chat_prompt(text)"
             )
@@ -244,22 +245,27 @@ class PromptMethods:
             self._require_room(len(ids))
         return ids, len(ids)
 
-    def _writable(self, end_id: int) -> list[int]:
-        """Ids that a text may have, and its end marker."""
-        return [i for i, text in enumerate(self._pieces.texts) if i == end_id or text]
+    @cached_property
+    def _index(self) -> PieceIndex:
+        by_end = self.direction == "backward" and self.unit == "token"
+        return PieceIndex(self._pieces.texts, by_end=by_end)
+
+    @cached_property
+    def _ids_between_words(self) -> list[int]:
+        """Ids that begin with whitespace, and the end marker."""
+        texts = self._pieces.texts
+        ids = [i for i in self._index.ids if texts[i][:1].isspace()]
+        return sorted([*ids, self.eos_token_id])
 
     def _prompt_ids(self, text: str) -> tuple[list[int], list[int] | None, bytes]:
         """Ids of a text, the ids allowed next (None for any), and the bytes that are held back."""
         ids = [self.bos_token_id, *self._encoded(text)]
         if len(ids) == 1:
             return ids, None, b""
-        texts, writable = self._pieces.texts, self._writable(self.eos_token_id)
         if self.direction == "backward" and self.unit == "word":
-            first_ids = [i for i in writable if i == self.eos_token_id or texts[i][:1].isspace()]
-            return ids, first_ids, b""
-        held_back = texts[ids.pop()]
-        contains = bytes.endswith if self.direction == "backward" else bytes.startswith
-        return ids, [i for i in writable if contains(texts[i], held_back)], held_back
+            return ids, self._ids_between_words, b""
+        held_back = self._pieces.texts[ids.pop()]
+        return ids, self._index.containing(held_back), held_back
 
     def _batch(
         self, rows: list[list[int]], first_ids: list[list[int] | None], end_id: int
@@ -273,13 +279,13 @@ class PromptMethods:
         padded = [[self.pad_token_id] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         rules = PromptRules(longest, first_ids, self.model_max_length, end_id)
-        unwanted = set(range(len(self._pieces))) - set(self._writable(end_id))
+        unwanted = [i for i in self._index.ids_without_text if i != end_id]
         return {
             "input_ids": torch.tensor(padded),
             "attention_mask": torch.tensor(mask),
             "logits_processor": LogitsProcessorList([rules]),
             "eos_token_id": end_id,
-            "suppress_tokens": sorted(unwanted),
+            "suppress_tokens": unwanted,
         }
 
     def _require_room(self, num_tokens: int) -> None:

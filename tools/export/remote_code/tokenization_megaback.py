@@ -19,9 +19,10 @@ import numpy as np
 from transformers import PreTrainedTokenizer
 
 # Before version 5, transformers finds only files that this one imports, not what those import.
-from .chat_megaback import ChatFormat  # noqa: F401
+from .chat_megaback import UnsupportedChatError
 from .generation_megaback import PromptRules  # noqa: F401
 from .new_text_megaback import reverse_words
+from .piece_index_megaback import PieceIndex  # noqa: F401
 from .pieces_megaback import BEGIN_PIECE, END_PIECE, VOCABULARY_NAME, Pieces
 from .prompts_megaback import PromptMethods, as_array
 from .streaming_megaback import MegabackStreamer  # noqa: F401
@@ -208,6 +209,11 @@ class MegabackTokenizer(PromptMethods, PreTrainedTokenizer):  # type: ignore[mis
         return int(super()._add_tokens(new_tokens, special_tokens=special_tokens))
 
     def __setattr__(self, key: str, value: Any) -> None:
+        if key == "chat_template" and value != self.__dict__.get(key, value):
+            raise UnsupportedChatError(
+                "this tokenizer cannot take another chat template: the chats of its model are ids "
+                "that no template makes; use apply_chat_template, chat_prompt() or example()"
+            )
         if key.endswith("_token") and value is not None and "_pieces" in self.__dict__:
             self._require_pieces([value])
         super().__setattr__(key, value)

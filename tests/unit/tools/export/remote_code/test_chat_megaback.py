@@ -111,6 +111,14 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda t: t.apply_chat_template([ANSWERED], continue_final_message=True),
         "continue_final_message",
     ),
+    "documents": (
+        lambda t: t.apply_chat_template([ANSWERED], documents=["x"]),
+        "documents is not supported",
+    ),
+    "another stored template": (
+        lambda t: setattr(t, "chat_template", "{{ messages }}"),
+        "cannot take another chat template",
+    ),
     "truncation": (lambda t: t.apply_chat_template([ANSWERED], truncation=True), "truncation"),
     "an option of a template": (
         lambda t: t.apply_chat_template([ANSWERED], enable_thinking=True),
@@ -131,6 +139,13 @@ def test_what_the_format_cannot_express_is_refused(name: str, tokenizer: Any) ->
     use, message = REFUSED[name]
     with pytest.raises((ValueError, NotImplementedError, TypeError), match=re.escape(message)):
         use(tokenizer)
+
+
+def test_what_a_server_tries_at_startup_is_a_value_error(tokenizer: Any) -> None:
+    """vLLM ends with any other error."""
+    for option in ({"cohere_format": True}, {"enable_thinking": False}):
+        with pytest.raises(ValueError, match=r"not supported|no message of 'assistant'"):
+            tokenizer.apply_chat_template([{"role": "user", "content": "x"}], **option)
 
 
 def test_the_stored_template_is_an_error_for_programs_that_render_text(
