@@ -8,6 +8,7 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -30,6 +31,10 @@ class Pieces:
         added = fields["added_tokens"]
         self._added: dict[int, str] = {token["id"]: token["content"] for token in added}
         self._control_ids = {token["id"] for token in added if token["special"]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tokenizer.encode_special_tokens = True  # which the library does not pickle
 
     def __len__(self) -> int:
         return 1 + max(self._spellings)

@@ -1,5 +1,7 @@
 """The exported tokenizer with byte-level BPE, against `TextCodec`; stock classes load none."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,9 +46,11 @@ def loaded(of_bpe: tuple[Path, TextCodec]) -> Any:
 
 def test_ids_and_texts_are_the_codec_s(of_bpe: tuple[Path, TextCodec], loaded: Any) -> None:
     _, codec = of_bpe
+    in_a_process = pickle.loads(pickle.dumps(loaded))  # of `map` with num_proc
     for text in TEXTS:
         ids = loaded(text)["input_ids"]
         assert ids == [codec.begin_id, *codec.encode(text).tolist()]
+        assert in_a_process(text)["input_ids"] == copy.deepcopy(loaded)(text)["input_ids"] == ids
         assert loaded.decode(ids, skip_special_tokens=True) == text
     assert loaded.vocab_size == codec.vocab_size
     assert loaded._pieces.texts == [codec.piece_bytes(i) for i in range(codec.vocab_size)]
