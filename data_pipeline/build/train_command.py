@@ -5,6 +5,7 @@ Its run folder is new, so that an existing run does not stop it.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.text.codec import Direction, TextFormat, Unit
 
 RUNS_FOLDER = Path("runs")
+_MAX_DEMO_PIECES = 16_384
+"""Largest vocabulary for the shipped small model: with a larger one it is mostly embedding."""
+_MINUTES = 30
+"""Duration of the run that is suggested for larger ones."""
 _OF_A_MODEL = ("model", "training")
 """The sections of a run's config that are compared."""
 
@@ -33,6 +38,9 @@ def train_commands(shards: Path, manifest: Manifest) -> dict[str, str]:
     """Commands that train on a finished data set, each with a description."""
     if manifest.row_tokens is not None:
         return _fine_tune(shards, manifest)
+    if manifest.vocab_size > _MAX_DEMO_PIECES:
+        words = ("--minutes", _MINUTES, "--shards", shards, "--out", _free_config(shards))
+        return {command("new", *words): "a config for this vocabulary, and how to train it"}
     config = config_path("demo.yaml")
     overrides = _common(shards, manifest)
     context_tokens = _value(config, "batch", "context_tokens") or 256
@@ -40,6 +48,13 @@ def train_commands(shards: Path, manifest: Manifest) -> dict[str, str]:
         largest = max(n for n in range(1, context_tokens + 1) if not manifest.frame_tokens % n)
         overrides.append(override("batch.context_tokens", largest))
     return {command("train", config, *overrides): "a small model, in minutes"}
+
+
+def _free_config(shards: Path) -> Path:
+    """A new YAML file in the working directory, named after the shards."""
+    name = shards.resolve().name or "run"
+    numbered = (Path(f"{name}-{number}.yaml") for number in count(2))
+    return next(path for path in chain([Path(f"{name}.yaml")], numbered) if not path.exists())
 
 
 def _common(shards: Path, manifest: Manifest) -> list[str]:
