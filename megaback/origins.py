@@ -13,8 +13,9 @@ class WeightsIdentity:
     path: str
     step: int | None = None
     sha256: str | None = None
-    """Hash of the file that lists the hashes of the weights: a checkpoint's meta.json, a model
-    folder's SHA256SUMS or, in earlier versions and models of others, its config.json."""
+    """Hash of the file that lists the hashes of the weights: a checkpoint's meta.json, or a model
+    folder's SHA256SUMS. For weights of others it is that of the list which they would have
+    (`sha256sum model*.safetensors | sha256sum`); in earlier versions, of their config.json."""
     data: str | None = None
     """Data sets that a checkpoint's run was trained on, and their fingerprint."""
 
@@ -28,6 +29,9 @@ class Import:
     """Format of its files: `transformers`, or `DeepSpeed` with its kind of checkpoint."""
     added_rows: int = 0
     """Rows added to embeddings and lm_head for markers, each the mean of the others."""
+
+    base_on_hub: str | None = None
+    """Name on the Hugging Face hub of the model that its folder says it was made from."""
 
     @property
     def shown(self) -> str:

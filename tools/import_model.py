@@ -14,7 +14,9 @@ from data_pipeline.common.number_ranges import CONTEXT
 from data_pipeline.common.output_folder import require_output_folder, whole_folder
 from data_pipeline.common.output_paths import overwrite_option
 from data_pipeline.common.shared_options import out_folder_option
+from data_pipeline.common.source_type import SOURCE
 from data_pipeline.common.terminal import echo
+from data_pipeline.storage.hub_models import fetch_model, is_remote_model
 from data_pipeline.text.codec import Directions
 from data_pipeline.text.tokenizer import file_name_of
 from tools.convert import max_shard_size_option
@@ -24,13 +26,13 @@ from tools.convert import max_shard_size_option
     cls=WorkCommand,
     name="import model",
     epilog=examples(
-        "megaback import model models/Qwen3-0.6B --direction backward --context-tokens 1024 "
+        "megaback import model hf://Qwen/Qwen3-0.6B --direction backward --context-tokens 1024 "
         "--out models/qwen3-backward",
         "megaback import model runs/theirs/global_step1000 --config models/Qwen3-0.6B "
         "--tokenizer data/tokenizer/tokenizer.model --direction forward --out models/theirs",
     ),
 )
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=SOURCE)
 @out_folder_option
 @overwrite_option
 @click.option(
@@ -57,7 +59,7 @@ from tools.convert import max_shard_size_option
 )
 @max_shard_size_option
 def main(
-    path: Path,
+    path: str,
     out: Path,
     overwrite: bool,
     direction: str,
@@ -69,17 +71,21 @@ def main(
     """Import PATH: a folder of save_pretrained (Llama or Qwen3), or a checkpoint of DeepSpeed.
 
     DeepSpeed's checkpoints are folders such as global_step1000, of ZeRO stages 0 to 3 or universal.
+    hf://OWNER/NAME, or hf://OWNER/NAME@REVISION, is a model of the Hugging Face hub, whose files
+    are kept in the hub's own cache.
     """
     require_output_folder(out, [path], overwrite=overwrite)
-    from megaback.weights.imported import open_import
+    from megaback.weights.imported import DESCRIPTION_FILES, open_import
     from megaback.weights.model_folder import write_model_folder
 
+    hub = fetch_model(path, DESCRIPTION_FILES) if is_remote_model(path) else None
     model = open_import(
-        path,
+        Path(path) if hub is None else hub.folder,
         Directions(direction),
         config=config,
         tokenizer=tokenizer,
         context_tokens=context_tokens,
+        hub=hub,
     )
     source, shape = model.source, model.source.description.shape
     imported = source.description.imported

@@ -10,7 +10,9 @@ from data_pipeline.common.next_command import command, free_path, show_next
 from data_pipeline.common.number_ranges import VOCABULARY
 from data_pipeline.common.output_paths import overwrite_option, require_output, writing_output
 from data_pipeline.common.regular_files import read_file
+from data_pipeline.common.source_type import SOURCE
 from data_pipeline.errors import TokenizerError
+from data_pipeline.storage.hub_models import fetch_model, is_remote_model
 from data_pipeline.text.tokenizer import TOKENIZER_JSON_NAME, TOKENIZER_NAMES, file_name_of
 from data_pipeline.tokenizer.markers import MarkedTokenizer, with_markers
 
@@ -65,13 +67,15 @@ def _is_importable(path: Path) -> bool:
     cls=Command,
     name="tokenizer",
     epilog=examples(
-        "megaback import tokenizer Qwen3-0.6B --out data/qwen3/tokenizer.json --vocab-size 151936",
+        "megaback import tokenizer hf://Qwen/Qwen3-0.6B --out data/qwen3/tokenizer.json "
+        "--vocab-size 151936",
         "megaback import tokenizer gpt2/tokenizer.json --out data/gpt2/tokenizer.json",
     ),
     help="Add our markers to the byte-level BPE tokenizer of another model. TOKENIZER is its "
-    "tokenizer.json, or a folder with one. Text keeps the ids that it has there.",
+    "tokenizer.json, a folder with one, or hf://OWNER/NAME of the Hugging Face hub. Text keeps the "
+    "ids that it has there.",
 )
-@click.argument("tokenizer", type=click.Path(path_type=Path))
+@click.argument("tokenizer", type=SOURCE)
 @click.option(
     "--out",
     required=True,
@@ -85,9 +89,11 @@ def _is_importable(path: Path) -> bool:
     "tokenizer's ids: the markers take the first free rows, and unused ids the others.",
 )
 @overwrite_option
-def main(tokenizer: Path, out: Path, vocab_size: int | None, overwrite: bool) -> None:
+def main(tokenizer: str, out: Path, vocab_size: int | None, overwrite: bool) -> None:
     """The command `megaback import tokenizer`."""
-    marked = import_tokenizer(tokenizer, out, vocab_size, overwrite=overwrite)
+    is_remote = is_remote_model(tokenizer)
+    path = fetch_model(tokenizer, TOKENIZER_NAMES).folder if is_remote else Path(tokenizer)
+    marked = import_tokenizer(path, out, vocab_size, overwrite=overwrite)
     for piece, piece_id in marked.marker_ids.items():
         previous = marked.renamed.get(piece)
         origin = "" if previous is None else f"  was {previous}"

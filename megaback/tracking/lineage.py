@@ -18,11 +18,9 @@ def lineage(config: Config, start_step: int) -> dict[str, Any]:
     The base and the checkpoint are given as in `WeightsIdentity`.
     """
     started = [line for line in read_history(config.run) if line.get("event") == "start"]
-    base = None
-    if isinstance(config.init_from, Path):
+    base = None if config.init_from is None else _recorded(started, "base")
+    if base is None and isinstance(config.init_from, Path):  # a run of an earlier version
         base = asdict(identity_of(description_of(config.init_from)))
-    elif config.init_from is not None:
-        base = _recorded(started, "base")
     checkpoint = config.run / CHECKPOINTS_FOLDER / step_name(start_step) / META_NAME
     return {
         "base": base,

@@ -17,10 +17,10 @@ from megaback.copy_location import BaseCopy, location_of, require_base_copy
 from megaback.data import Data
 from megaback.distributed.world import World
 from megaback.faults.start_fence import Fence
-from megaback.origins import Import
+from megaback.origins import Import, WeightsIdentity
 from megaback.run_folder import BASE_FOLDER, META_NAME, step_name
 from megaback.training.branch import Trunk, open_trunk
-from megaback.weights.identity import identity_of
+from megaback.weights.identity import description_of, identity_of
 from megaback.weights.init_from import open_base
 from megaback.weights.source import WeightSource
 
@@ -41,7 +41,12 @@ class RunBase:
         """Origin of the base's first weights, if another program has trained them."""
         if self.trunk is not None:
             return self.trunk[1].imported
-        return None if self.weights is None else self.weights.description.imported
+        if self.weights is None:
+            return None
+        description = self.weights.description
+        if description.is_foreign and "base" in self.facts:  # on the first rank, which writes it
+            return Import(base=WeightsIdentity(**self.facts["base"]), kind="transformers")
+        return description.imported
 
 
 def open_local_base(config: Config, data: Data, world: World) -> RunBase:
@@ -53,7 +58,10 @@ def open_local_base(config: Config, data: Data, world: World) -> RunBase:
         return RunBase(open_trunk(Path(data.branch.checkpoint), world), facts=facts)
     if isinstance(config.init_from, Path):
         opening = partial(_opener(config, data, world), config.init_from)
-        return RunBase(weights=world.run_collectively(opening))
+        weights = world.run_collectively(opening)
+        described = description_of(config.init_from)
+        facts = {"base": asdict(identity_of(described))} if world.is_first else {}
+        return RunBase(weights=weights, facts=facts)
     return RunBase()
 
 

@@ -1,14 +1,18 @@
 """Identity of weights: their folder, step and hash; and the origin of a mean of several."""
 
+import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.checked_json import made_from, read_json, require_sha256
+from data_pipeline.errors import CheckpointCorruptError
 from megaback.checkpoints.safetensors_file import size_and_hash
 from megaback.config_data import DataSection
 from megaback.origins import WeightsIdentity
 from megaback.run_folder import META_NAME, MODEL_CONFIG_NAME, SUMS_NAME, checkpoints_meant_by
+from megaback.weights.weight_files import StoredWeights, text_of_sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +86,27 @@ def description_of(path: Path) -> Path:
 
 def identity_of(description: Path) -> WeightsIdentity:
     """Identity of the weights that a file describes."""
-    folder, sums = str(description.parent), description.with_name(SUMS_NAME)
+    folder = str(description.parent)
     try:
         fields = read_json(description)
-        step = fields.get("step")
-        hashed = sums if sums.is_file() else description
-        sha256 = size_and_hash(hashed)[1]
+        step, sha256 = fields.get("step"), _hash_of(description)
         return WeightsIdentity(path=folder, step=step, sha256=sha256, data=_data_of(fields))
     except (OSError, ValueError, AttributeError):
         return WeightsIdentity(path=folder)
+
+
+def _hash_of(description: Path) -> str:
+    """Hash of the file that lists the weights' hashes. Raises OSError.
+
+    Weights that another program has written are read, for the list that they would have.
+    """
+    folder = description.parent
+    with suppress(CheckpointCorruptError):
+        if description.name == MODEL_CONFIG_NAME and (stored := StoredWeights(folder)).changed:
+            sums = {name: size_and_hash(folder / name)[1] for name in stored.names}
+            return hashlib.sha256(text_of_sums(sums).encode()).hexdigest()
+    sums_path = folder / SUMS_NAME
+    return size_and_hash(sums_path if sums_path.is_file() else description)[1]
 
 
 def _data_of(fields: dict[str, Any]) -> str | None:

@@ -7,12 +7,15 @@ starting point for training one that writes backward.
 """
 
 import hashlib
+import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from data_pipeline.common.checked_json import briefly, checked, read_json
@@ -25,6 +28,7 @@ from data_pipeline.errors import (
     RunMismatchError,
     TokenizerError,
 )
+from data_pipeline.storage.hub_models import HubModel, fetch_model
 from data_pipeline.text.codec import Directions, TextFormat, Unit
 from data_pipeline.text.tokenizer import TOKENIZER_NAMES
 from data_pipeline.tokenizer.markers import MarkedTokenizer, with_markers
@@ -48,6 +52,13 @@ from megaback.weights.weight_names import (
 
 _TOKENIZER_NAMES = tuple(reversed(TOKENIZER_NAMES))
 """tokenizer.json comes first, as the one that transformers uses."""
+CARD_NAME = "README.md"
+_MAX_CARD_BYTES = 1 << 20
+_CARD_FIELDS = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+DESCRIPTION_FILES = (MODEL_CONFIG_NAME, *TOKENIZER_NAMES, CARD_NAME)
+"""Files of a model on the hub that are read before its weights."""
+_WEIGHT_FILES = (WEIGHTS_NAME, INDEX_NAME, "model-*-of-*.safetensors")
 _OF_PIECES = (EMBEDDING_NAME, HEAD_NAME)
 _ROWS_AT_ONCE = 4096
 
@@ -73,12 +84,15 @@ def open_import(
     config: Path | None = None,
     tokenizer: Path | None = None,
     context_tokens: int | None = None,
+    hub: HubModel | None = None,
 ) -> ImportedModel:
     """Open a checkpoint of transformers (a folder of save_pretrained), or of DeepSpeed.
 
     `config` and `tokenizer`: files, by default those beside the weights. `context_tokens`: by
-    default, and at most, the config's max_position_embeddings. Raises CheckpointMissingError,
-    CheckpointCorruptError, RunMismatchError and TokenizerError.
+    default, and at most, the config's max_position_embeddings. `hub`: the model on the hub whose
+    `DESCRIPTION_FILES` are in the folder; its weights are fetched once those are found to be
+    supported. Raises CheckpointMissingError, CheckpointCorruptError, RunMismatchError,
+    TokenizerError and, of the hub, SourceMissingError and SourceUnreadableError.
     """
     if not path.exists():
         raise CheckpointMissingError(
@@ -99,8 +113,13 @@ def open_import(
             f"`context_tokens` is {context_tokens:,}, and max_position_embeddings of {config_path} "
             f"is {max_context:,}; give at most that"
         )
-    weights, kind, base = _weights_of(path, config_path)
-    require_exact(path, weights, shape, num_rows)
+
+    def open_weights() -> tuple[_Weights, str, WeightsIdentity]:
+        opened = _weights_of(path, config_path)
+        require_exact(path, opened[0], shape, num_rows)
+        return opened
+
+    of_folder = open_weights() if hub is None else None
     content = _tokenizer_of(path, tokenizer)
     text_format = TextFormat.from_dict(
         {"direction": directions.value, "unit": Unit.TOKEN.value, "tokenizer_sha256": ""}
@@ -109,6 +128,11 @@ def open_import(
         marked = with_markers(content, num_rows)
     except TokenizerError as error:
         raise TokenizerError(f"the tokenizer of {path}: {error}") from None
+    if hub is not None:
+        fetch_model(hub.address, _WEIGHT_FILES)
+    weights, kind, base = of_folder or open_weights()
+    if hub is not None:
+        base = replace(base, path=hub.address)
     text_format = replace(text_format, tokenizer_sha256=hashlib.sha256(marked.content).hexdigest())
     vocab_size = marked.vocab_size
     description = ModelDescription(
@@ -118,7 +142,12 @@ def open_import(
         text_format=text_format,
         step=base.step or 0,
         val_loss=None,
-        imported=Import(base=base, kind=kind, added_rows=vocab_size - num_rows),
+        imported=Import(
+            base=base,
+            kind=kind,
+            added_rows=vocab_size - num_rows,
+            base_on_hub=_base_on_hub(fields, config_path.with_name(CARD_NAME)),
+        ),
     )
     shapes = shapes_of(shape, vocab_size)
 
@@ -181,6 +210,19 @@ def _fields(path: Path) -> dict[str, Any]:
             "`megaback convert` for another format"
         )
     return fields
+
+
+def _base_on_hub(fields: dict[str, Any], card: Path) -> str | None:
+    """Name of the base in a card's `base_model`, or in a config's `_name_or_path`, if it has the
+    form of one on the hub."""
+    names = [fields.get("_name_or_path")]
+    with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        found = _CARD_FIELDS.match(read_file(card, _MAX_CARD_BYTES).decode())
+        stated = yaml.safe_load(found[1]) if found else None
+        base = stated.get("base_model") if isinstance(stated, dict) else None
+        names = [*(base if isinstance(base, list) and len(base) == 1 else [base]), *names]
+    of_hub = (name for name in names if isinstance(name, str) and _HUB_NAME.fullmatch(name))
+    return next((name for name in of_hub if not Path(name).exists()), None)
 
 
 def _number(fields: dict[str, Any], name: str, problem_of: Any, path: Path) -> int:

@@ -80,8 +80,12 @@ def write_weights(
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
     """Write the SHA-256 of files, in the format of `sha256sum -c SHA256SUMS`."""
-    lines = [f"{sha256}  {name}\n" for name, sha256 in sums.items()]
-    write_text(folder / SUMS_NAME, "".join(lines))
+    write_text(folder / SUMS_NAME, text_of_sums(sums))
+
+
+def text_of_sums(sums: Mapping[str, str]) -> str:
+    """Content of a SHA256SUMS."""
+    return "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items())
 
 
 def read_sums(folder: Path) -> dict[str, str]:

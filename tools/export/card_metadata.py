@@ -61,14 +61,16 @@ def tags_of(description: ModelDescription) -> list[str]:
 def hub_base(description: ModelDescription) -> str | None:
     """Name on the hub of the model that training began with; None if it is not one of the hub.
 
-    An imported model is one of the hub if it was read from the hub's cache.
+    An imported model is one of the hub if it was read from there or from the hub's cache; otherwise
+    it is the one that its folder named as its own base.
     """
     training, imported = description.training, description.imported
-    if training is not None and (found := _HUB_ADDRESS.match(training.base or "")):
+    bases = (training and training.base, imported and imported.base.path)
+    if found := next(filter(None, (_HUB_ADDRESS.match(base or "") for base in bases)), None):
         return found[1]
     if imported is not None and (found := _HUB_CACHE.fullmatch(imported.base.path)):
         return f"{found[1]}/{found[2]}"
-    return None
+    return None if imported is None else imported.base_on_hub
 
 
 def data_of(training: Training) -> tuple[str, str | None]:

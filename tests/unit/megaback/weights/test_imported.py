@@ -1,5 +1,6 @@
 """Models of other programs: what is imported unchanged, and what is refused by name."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_pipeline.errors import (
     CheckpointCorruptError,
@@ -15,9 +17,10 @@ from data_pipeline.errors import (
     RunMismatchError,
     TokenizerError,
 )
+from data_pipeline.storage.hub_models import fetch_model
 from data_pipeline.text.codec import Directions, TextCodec
 from megaback.weights.identity import identity_of
-from megaback.weights.imported import ImportedModel, open_import
+from megaback.weights.imported import DESCRIPTION_FILES, ImportedModel, open_import
 from megaback.weights.model_folder import (
     load_model_folder,
     read_description,
@@ -25,6 +28,8 @@ from megaback.weights.model_folder import (
 )
 from tests.helpers.bpe import NUM_IDS, qwen_content
 from tests.helpers.exports import write_checkpoint
+from tests.helpers.hub_server import COMMIT, serving_model, using_hub
+from tests.helpers.paths import ROOT
 from tests.helpers.stored import read_weights
 from tools.convert import convert
 
@@ -83,6 +88,76 @@ def test_weights_and_their_types_stay_and_the_origin_is_recorded(
     assert imported is not None
     assert imported.kind == "transformers"
     assert imported.base == identity_of(theirs / "config.json")
+
+
+def test_the_hash_of_weights_of_others_is_that_of_their_list(theirs: Path) -> None:
+    """As `sha256sum model*.safetensors | sha256sum` prints it."""
+    for path in theirs.glob("*.safetensors"):
+        save_file({name: -weight for name, weight in load_file(path).items()}, path)
+    listed = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+        for path in sorted(theirs.glob("*.safetensors"))
+    ]
+    assert len(listed) > 1
+    assert (theirs / "SHA256SUMS").is_file()  # of the weights before
+
+    expected = hashlib.sha256("".join(listed).encode()).hexdigest()
+    assert identity_of(theirs / "config.json").sha256 == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "card", "base"),
+    [
+        ("Qwen/Qwen3-0.6B", "no fields", "Qwen/Qwen3-0.6B"),
+        ("/home/me/models/qwen", "", None),
+        ("tests/helpers", "", None),  # a folder here
+        ("org/older", "---\nbase_model: org/newer\n---\n", "org/newer"),
+        ("org/older", "---\nbase_model: [a/b, c/d]\n---\n", "org/older"),
+        (["a/b"], "---\n- x: [\n---\n", None),
+    ],
+)
+def test_the_base_on_the_hub_is_what_card_or_config_say(
+    path: object, card: str, base: str | None, theirs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    changed(theirs, _name_or_path=path)
+    (theirs / "README.md").write_text(card)
+
+    imported = open_import(theirs, Directions.FORWARD).source.description.imported
+
+    assert imported is not None
+    assert imported.base_on_hub == base
+
+
+def test_weights_of_the_hub_are_fetched_once_the_rest_is_supported(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = (theirs / "config.json").read_text()
+    for name in ("original.safetensors", "pytorch_model.bin"):
+        (theirs / name).write_text("not needed")
+    with serving_model(theirs) as hub:
+        using_hub(hub, tmp_path / "first", monkeypatch)
+        changed(theirs, model_type="qwen3_moe")
+        with pytest.raises(RunMismatchError, match="qwen3_moe"):
+            import_of_hub()
+        assert not [name for name in hub.asked if name.endswith(".safetensors")]
+
+        (theirs / "config.json").write_text(config)
+        using_hub(hub, tmp_path / "second", monkeypatch)
+        model = import_of_hub()
+
+    assert {"original.safetensors", "pytorch_model.bin"}.isdisjoint(hub.asked)
+    imported = model.source.description.imported
+    assert imported is not None
+    assert imported.shown == f"hf://org/model@{COMMIT} (transformers)"
+    (theirs / "original.safetensors").unlink()
+    for name, weight in read_weights(theirs).items():
+        assert torch.equal(model.source.read(name), weight)
+
+
+def import_of_hub() -> ImportedModel:
+    hub = fetch_model("hf://org/model", DESCRIPTION_FILES)
+    return open_import(hub.folder, Directions.BACKWARD, hub=hub)
 
 
 @pytest.fixture

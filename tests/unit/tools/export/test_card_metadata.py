@@ -80,16 +80,19 @@ def test_unknown_facts_are_omitted(described: ModelDescription) -> None:
     assert parsed(forward).data.pipeline_tag == "text-generation"
 
 
-def test_the_base_of_an_imported_model_is_that_of_the_hubs_cache(
+def test_the_base_of_an_imported_model_is_where_it_was_read_or_what_its_folder_says(
     described: ModelDescription,
 ) -> None:
     cached = "/cache/hub/models--Qwen--Qwen3-0.6B--Base/snapshots/0123abc"
     for path, base in (
         (cached, "Qwen/Qwen3-0.6B--Base"),
         ("models--Qwen--Qwen3-0.6B/snapshots/0123/", "Qwen/Qwen3-0.6B"),
-        ("Qwen/Qwen3-0.6B", None),
+        ("hf://Qwen/Qwen3-0.6B@0123abc", "Qwen/Qwen3-0.6B"),
+        ("models/Qwen3-0.6B", "Qwen/Qwen3-Base"),
     ):
-        imported = Import(base=WeightsIdentity(path=path), kind="transformers")
+        imported = Import(
+            base=WeightsIdentity(path=path), kind="transformers", base_on_hub="Qwen/Qwen3-Base"
+        )
         assert parsed(replace(described, imported=imported)).data.base_model == base
 
 
