@@ -1,5 +1,6 @@
 """Fine-tuning by TRL and PEFT: what they learn from, and megaback with their models."""
 
+import json
 import runpy
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -104,6 +105,27 @@ def trainer(folder: Path) -> Any:
     train = runpy.run_path(str(ROOT / "examples/trl_sft.py"))["train"]
     paths = (str(folder / name) for name in ("hf", "rows.jsonl", "sft"))
     return train(*paths, steps=STEPS, batch_rows=24, rate=1e-2)
+
+
+def test_rows_of_ids_for_other_trainers_are_those_of_the_tokenizer(
+    folder: Path, tokenizer: Any
+) -> None:
+    """As `examples/tokenized_rows.py` writes them."""
+    from datasets import load_from_disk
+
+    write = runpy.run_path(str(ROOT / "examples/tokenized_rows.py"))["write"]
+    write(*(str(folder / name) for name in ("hf", "rows.jsonl", "ids")))
+    rows = load_from_disk(str(folder / "ids"))["train"]
+    given = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert rows.to_list() == [
+        dict(tokenizer.example(row["instruction"], row["output"], row["input"]))
+        for row in given[:-1]  # the last one is longer than the context
+    ]
+
+    write(*(str(folder / name) for name in ("hf", "texts.jsonl", "text-ids")))
+    for row in load_from_disk(str(folder / "text-ids"))["train"]:
+        assert row["input_ids"] == row["labels"]
+        assert row["input_ids"][-1] == tokenizer.eos_token_id
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import BatchEncoding, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from .chat_megaback import START_PIECE, Chat, ChatFormat, UnsupportedChatError
-from .generation_megaback import PromptRules
 from .new_text_megaback import NewText, stop_texts
 from .piece_index_megaback import PieceIndex
 from .pieces_megaback import Pieces
@@ -278,6 +276,12 @@ class PromptMethods:
         self._require_room(longest)
         padded = [[self.pad_token_id] * (longest - len(row)) + row for row in rows]
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        # Not above: encoding and decoding need no torch.
+        import torch
+        from transformers import LogitsProcessorList
+
+        from .generation_megaback import PromptRules
+
         rules = PromptRules(longest, first_ids, self.model_max_length, end_id)
         unwanted = [i for i in self._index.ids_without_text if i != end_id]
         return {
@@ -299,7 +303,7 @@ class PromptMethods:
 
 def as_array(token_ids: Any) -> Any:
     """Ids as an array of the host."""
-    if isinstance(token_ids, torch.Tensor):
+    if hasattr(token_ids, "detach"):  # a tensor of torch
         token_ids = token_ids.detach().cpu()
     return np.asarray(token_ids, dtype=np.int64)
 

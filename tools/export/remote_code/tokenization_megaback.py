@@ -13,19 +13,21 @@ correct results raise an error.
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedTokenizer
 
 # Before version 5, transformers finds only files that this one imports, not what those import.
 from .chat_megaback import UnsupportedChatError
-from .generation_megaback import PromptRules  # noqa: F401
 from .new_text_megaback import reverse_words
 from .piece_index_megaback import PieceIndex  # noqa: F401
 from .pieces_megaback import BEGIN_PIECE, END_PIECE, VOCABULARY_NAME, Pieces
 from .prompts_megaback import PromptMethods, as_array
 from .streaming_megaback import MegabackStreamer  # noqa: F401
+
+if TYPE_CHECKING:  # copied by transformers, and imported only by what needs torch
+    from .generation_megaback import PromptRules  # noqa: F401
 
 _REFUSAL_NAME = "tokenizer.json"
 """A file beside the vocabulary that no library can load, so that stock classes raise an error."""
@@ -41,18 +43,20 @@ _FORWARD_ONLY = {
     "a text: use `stop` of pipeline('megaback-reverse', …)",
 }
 
-# Modules of TRL that encode texts for training: they spell the end marker in the text, take a
-# prompt's ids for the first ones of prompt and completion, and learn all of a chat.
+# Modules of trainers that encode texts: they spell the end marker in the text, take a prompt's ids
+# for the first ones of prompt and completion, and learn all of a chat.
 _TEXT_TRAINERS = {
-    f"trl.{name}"
-    for name in (
-        "data_utils",
-        "trainer.sft_trainer",
-        "trainer.dpo_trainer",
-        "trainer.kto_trainer",
-        "trainer.reward_trainer",
-    )
+    "trl.data_utils": "TRL",
+    "trl.trainer.sft_trainer": "TRL",
+    "trl.trainer.dpo_trainer": "TRL",
+    "trl.trainer.kto_trainer": "TRL",
+    "trl.trainer.reward_trainer": "TRL",
+    "llamafactory.data": "LLaMA-Factory",
+    "axolotl.prompt_tokenizers": "axolotl",
+    "axolotl.prompt_strategies": "axolotl",
+    "axolotl.utils.data": "axolotl",
 }
+"""Packages and modules, and the name of the program."""
 
 
 class MegabackTokenizer(PromptMethods, PreTrainedTokenizer):  # type: ignore[misc]
@@ -84,6 +88,11 @@ class MegabackTokenizer(PromptMethods, PreTrainedTokenizer):  # type: ignore[mis
         self._refuse_text_trainers(caller)
         self._refuse_forward_only(caller)
         return super().__call__(*args, **kwargs)
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """Ids of a text: see the module."""
+        self._refuse_text_trainers(sys._getframe(1).f_globals.get("__name__"))
+        return super().encode(*args, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         """Text in the order in which a person reads it; no spaces are cleaned up."""
@@ -183,13 +192,14 @@ class MegabackTokenizer(PromptMethods, PreTrainedTokenizer):  # type: ignore[mis
 
     def _refuse_text_trainers(self, caller: str | None) -> None:
         """Raises NotImplementedError for a caller that encodes rows for training in its own way."""
-        if caller in _TEXT_TRAINERS:
-            raise NotImplementedError(
-                "TRL cannot encode texts and messages with this tokenizer, to which a spelled "
-                "marker is text; give it rows with `input_ids` and `labels`: those of "
-                "example(instruction, response), or for a document as both "
-                "[*tokenizer(text).input_ids, tokenizer.eos_token_id]"
-            )
+        for module, program in _TEXT_TRAINERS.items():
+            if f"{caller}.".startswith(f"{module}."):
+                raise NotImplementedError(
+                    f"{program} cannot encode texts and messages with this tokenizer, to which a "
+                    "spelled marker is text; give it rows with `input_ids` and `labels`: those of "
+                    "example(instruction, response), or for a document as both "
+                    "[*tokenizer(text).input_ids, tokenizer.eos_token_id]"
+                )
 
     def _refuse_forward_only(self, caller: str | None) -> None:
         """Raises NotImplementedError for a caller that needs text that grows at its end."""

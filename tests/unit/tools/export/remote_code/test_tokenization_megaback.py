@@ -1,5 +1,6 @@
 """The tokenizer of an export: its ids and texts, its sides, and what it refuses."""
 
+import ast
 import copy
 import json
 import pickle
@@ -55,6 +56,47 @@ def test_the_exported_tokenizer_matches_the_codec(
         ids = [*expected.ids, *form.written_ids(text)]
         assert shipped.written(ids) == text
         assert shipped.written(torch.tensor(ids[:-1])) == text
+
+
+def test_the_tokenizer_loads_without_torch() -> None:
+    """Programs without torch (mlx-lm) use it, and others whose torchvision is broken."""
+    from tools.export.remote_code import tokenization_megaback
+
+    folder = Path(tokenization_megaback.__file__).parent
+    waiting, loaded = ["tokenization_megaback"], set[str]()
+    while waiting:
+        loaded.add(name := waiting.pop())
+        for node in ast.parse((folder / f"{name}.py").read_text()).body:
+            if isinstance(node, ast.Import):
+                assert "torch" not in [alias.name for alias in node.names], name
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                waiting += {str(node.module)} - loaded
+    assert "prompts_megaback" in loaded
+    assert "generation_megaback" not in loaded
+
+
+@pytest.mark.parametrize(
+    ("module", "program"),
+    {
+        "llamafactory.data.template": "LLaMA-Factory",
+        "llamafactory.data.processor.pretrain": "LLaMA-Factory",
+        "axolotl.prompt_tokenizers": "axolotl",
+        "axolotl.prompt_strategies.chat_template": "axolotl",
+        "trl.data_utils": "TRL",
+    }.items(),
+)
+@pytest.mark.parametrize(
+    "call", ["t.encode('a')", "t('a')", "t.apply_chat_template([{'role': 'user', 'content': 'a'}])"]
+)
+def test_trainers_that_encode_texts_are_refused(
+    call: str, module: str, program: str, tokenizer_path: Path
+) -> None:
+    from tools.export.remote_code.tokenization_megaback import MegabackTokenizer
+
+    scope = {"__name__": module, "t": MegabackTokenizer(str(tokenizer_path))}
+    with pytest.raises(NotImplementedError, match=f"{program} cannot encode texts"):
+        eval(call, scope)
+    assert scope["t"].encode("a") == eval("t.encode('a')", {**scope, "__name__": "axolotl.train"})
 
 
 REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
