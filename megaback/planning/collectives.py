@@ -90,9 +90,9 @@ def step_calls(
     """Numbers of a rank per step; none if it is alone."""
     if setting.ranks == 1:
         return StepCalls()
-    parameters = Parameters.of(setting.shape, setting.vocab_size)
+    parameters = Parameters.of(setting.shape, setting.vocab_size, setting.lora)
     groups = parameters.groups(setting.shape, section)
-    bucket = bucket_elements(sum(one.elements for one in parameters.in_order))
+    bucket = bucket_elements(_elements(parameters.trained))
     is_backward = (setting.stage > 1 and not setting.reduces_once) or (
         setting.stage == 1 and setting.overlaps
     )
@@ -101,7 +101,7 @@ def step_calls(
     filled = list(_buckets(order, bucket))
     times = accumulation_steps if setting.stage > 1 and not setting.reduces_once else 1
     if setting.stage == 0:
-        gradients = _flushes((one.elements for one in parameters.in_order), WHOLE_REDUCED_ELEMENTS)
+        gradients = _flushes((one.elements for one in parameters.trained), WHOLE_REDUCED_ELEMENTS)
         return StepCalls(gradients=gradients, norms=int(section.gradient_clip > 0), losses=1)
     if setting.stage == 3:
         return replace(
@@ -133,20 +133,26 @@ def _stage3_calls(
     accumulation_steps: int,
 ) -> StepCalls:
     """Numbers at stage 3, without the reductions."""
-    bucket = bucket_elements(sum(one.elements for one in parameters.in_order))
+    bucket = bucket_elements(_elements(parameters.in_order))
     recomputes = setting.checkpointing == "block"
     first, later = (
         weight_gathers(
-            setting.shape, setting.vocab_size, bucket, is_first=is_first, recomputes=recomputes
+            setting.shape,
+            setting.vocab_size,
+            bucket,
+            setting.lora,
+            is_first=is_first,
+            recomputes=recomputes,
         )
         for is_first in (True, False)
     )
     again = first.again + (accumulation_steps - 1) * later.again
+    calls = first.calls + (accumulation_steps - 1) * later.calls
     has_copies = setting.is_hierarchical and setting.ranks_per_node < setting.ranks
     is_matrix = [group[0].kind == "matrix" and setting.optimizer == "muon" for group in groups]
     parts = [_update_parts(group, setting.ranks) for group in groups]
     return StepCalls(
-        weights=first.whole + (0 if has_copies else again),
+        weights=first.whole if has_copies else calls,
         copied_weights=again if has_copies and setting.ranks_per_node > 1 else 0,
         updated_weights=len(persistent(parameters)),
         exchange=2 * sum(count for count, is_one in zip(parts, is_matrix, strict=True) if is_one),

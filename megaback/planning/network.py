@@ -18,8 +18,11 @@ from megaback.config_finetune import LoraSection
 from megaback.planning.devices import Device
 from megaback.planning.flops import ModelSize
 from megaback.planning.matrix_shares import matrix_share, matrix_shares
+from megaback.planning.memory import bucket_elements
+from megaback.planning.parameters import Parameters
 from megaback.planning.rates import assumed
 from megaback.planning.sequence_exchange import NO_EXCHANGE, SequenceExchange
+from megaback.planning.weight_gathers import persistent, weight_gathers
 
 _KEPT_ELEMENTS = 1_000_000_000
 """Weights that stage 3 keeps gathered until the backward pass: DeepSpeed's max_reuse_distance."""
@@ -143,10 +146,12 @@ def step_traffic(
     rank: int | None = None,
     shard_ranks: int | None = None,
     lora: LoraSection | None = None,
+    recomputes: bool = False,
 ) -> Traffic:
     """Traffic of one rank per step, by default of the one that sends most.
 
     `shard_ranks`: ranks of a node, if they shard hierarchically; all ranks by default.
+    `recomputes`: whether blocks are recomputed, with LoRA.
     """
     size = ModelSize.of(shape, vocab_size, lora)
     low = 2 if precision == "bf16" and stage else 4
@@ -169,10 +174,14 @@ def step_traffic(
         passes = 1 if size.total <= _KEPT_ELEMENTS else 2
         gathers = passes * accumulation_steps
         gradients = reductions * high * size.trained * _others(ranks)
-        gathered, copied, kind = low * size.total * _others(ranks), None, "reduce-scatter"
+        whole, again = float(size.total), (gathers - 1.0) * size.total
+        if lora is not None:
+            whole, again = _lora_gathers(shape, vocab_size, lora, accumulation_steps, recomputes)
+        kind, copied = "reduce-scatter", None
         if node < ranks:
-            copied = Traffic(0.0, (gathers - 1) * low * size.total * _others(node), 0.0, kind)
-        weights = gathers * gathered if copied is None else gathered + copied.weight_bytes
+            copied = Traffic(0.0, low * again * _others(node), 0.0, kind)
+        repeated = low * again * _others(ranks) if copied is None else copied.weight_bytes
+        weights = low * whole * _others(ranks) + repeated
         return Traffic(gradients, weights, exchanged(ranks), kind, passes, copied)
     times, kind = (1, "reduce") if reduction == "reduce" else (2, "all-reduce")
     gradients = times * reductions * high * size.trained * _others(node)
@@ -181,6 +190,29 @@ def step_traffic(
         return inside
     gradients += 2 * high * size.trained / node * _others(ranks // node)
     return replace(inside, gradient_bytes=gradients, node=inside)
+
+
+def _lora_gathers(
+    shape: ModelSection,
+    vocab_size: int,
+    lora: LoraSection,
+    accumulation_steps: int,
+    recomputes: bool,
+) -> tuple[float, float]:
+    """Elements that stage 3 gathers with LoRA per step: for the first time, and again.
+
+    Small factors are kept, and gathered once after their update. Frozen weights of a block that is
+    recomputed are gathered twice.
+    """
+    parameters = Parameters.of(shape, vocab_size, lora)
+    bucket = bucket_elements(sum(one.elements for one in parameters.in_order))
+    first, later = (
+        weight_gathers(shape, vocab_size, bucket, lora, is_first=is_first, recomputes=recomputes)
+        for is_first in (True, False)
+    )
+    kept = sum(one.elements for one in persistent(parameters))
+    again = first.again_elements + (accumulation_steps - 1) * later.again_elements
+    return float(kept + first.whole_elements), float(again)
 
 
 def _others(ranks: int) -> float:

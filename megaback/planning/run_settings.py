@@ -113,6 +113,7 @@ def traffic_of(
         reduction=config.zero.reduction,
         shard_ranks=cluster.devices_per_node if config.zero.hierarchical else None,
         lora=config.finetune.adapters,
+        recomputes=config.training.activation_checkpointing == "block",
     )
     ranks = cluster.ranks, cluster.devices_per_node
     return replace(traffic, sequence=sequence_exchange(config, micro_rows, accumulation, *ranks))
