@@ -343,8 +343,8 @@ class Config(Section):
     def _one_beginning(self) -> "Config":
         if self.branch_from is not None and self.init_from is not None:
             raise ValueError(
-                "branch_from and init_from exclude each other; remove init_from to continue a "
-                "checkpoint, or branch_from to start from weights alone"
+                "branch_from and init_from exclude each other; set init_from=null to continue a "
+                "checkpoint, or remove branch_from to start from weights alone"
             )
         if self.branch_from is None and self.keep != ALL_KEPT:
             raise ValueError("keep is for branches only; set branch_from or remove it")

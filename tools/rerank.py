@@ -316,8 +316,8 @@ def main(
     labeled = [one for one in scored if one.is_right is not None]
     if not labeled:
         return echo(
-            f"{len(scored):,} questions ranked in {reverse.dtype}; no accuracy, since no "
-            "candidates are labeled"
+            f"{len(scored):,} questions ranked in {reverse.dtype}; no accuracy, since of no "
+            "question all candidates have `correct`"
         )
     found = accuracies(labeled, used, seed)
     if report is not None:

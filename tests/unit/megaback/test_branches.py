@@ -230,7 +230,7 @@ def test_another_keep_is_refused_once_the_branch_has_begun(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"branch_from": "a", "init_from": "b"}, "exclude each other"),
+        ({"branch_from": "a", "init_from": "b"}, "set init_from=null to continue"),
         ({"keep": ["weights"]}, "keep is for branches only"),
         ({"branch_from": "a", "keep": ["momentum"]}, "'weights', 'optimizer', 'schedule' or"),
     ],
