@@ -11,7 +11,7 @@ from data_pipeline.common.command import ResumableCommand, examples
 from data_pipeline.common.figures import require_matplotlib, write_picture
 from data_pipeline.common.next_command import command as command_line
 from data_pipeline.common.next_command import show_next
-from data_pipeline.common.number_ranges import MANY
+from data_pipeline.common.number_ranges import MANY, SOME_SHARE
 from data_pipeline.common.output_paths import is_our_picture, require_output
 from data_pipeline.common.rich_console import SafeConsole
 from data_pipeline.common.shared_options import hostfile_option, json_option, save_before_option
@@ -20,6 +20,7 @@ from data_pipeline.errors import ConfigError
 from launcher.slurm.array import RunArray
 from launcher.slurm.job_request import JobRequest, job_options
 from megaback.faults.stop_request import local_time_of
+from megaback.planning.plan import DEFAULT_MFU
 from tools.sweeps.cost import cost_lines
 from tools.sweeps.figure import horizontal_key, sweep_figure
 from tools.sweeps.plan import SweepPlan
@@ -122,6 +123,13 @@ def _require_fitting(slurm: bool) -> None:
     "numbers.",
 )
 @click.option("--dry-run", is_flag=True, help="List the runs and their cost, and start none.")
+@click.option(
+    "--mfu",
+    type=SOME_SHARE.option,
+    default=DEFAULT_MFU,
+    show_default=True,
+    help="Model FLOPs utilization that the device-hours of --dry-run assume.",
+)
 @click.option("--slurm", is_flag=True, help="Queue the runs as one array of Slurm jobs.")
 @click.option(
     "--max-running", type=MANY.option, help="Maximum number of runs of the array at a time."
@@ -137,6 +145,7 @@ def main(
     out: Path | None,
     x_axis: str | None,
     dry_run: bool,
+    mfu: float,
     slurm: bool,
     max_running: int | None,
     request: JobRequest,
@@ -175,7 +184,8 @@ def main(
     if not slurm:
         require_trainable(config, left, hostfile)
     if dry_run:
-        click.echo("\n".join(cost_lines(plan.runs, [states[run.name] for run in plan.runs])))
+        known = [states[run.name] for run in plan.runs]
+        click.echo("\n".join(cost_lines(plan.runs, known, mfu)))
         if room:
             click.echo(f"{room}\n{array.line}")
         return click.echo("nothing was written or started")

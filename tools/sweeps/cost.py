@@ -23,10 +23,10 @@ class Cost:
     tokens: float
     flops: float
     device_hours: float | None
-    """Hours of one device at the usual MFU; None if its peak FLOP/s is unknown."""
+    """Hours of one device at an MFU; None if its peak FLOP/s is unknown."""
 
 
-def costs_of(runs: Sequence[SweepRun]) -> list[Cost]:
+def costs_of(runs: Sequence[SweepRun], mfu: float) -> list[Cost]:
     """The cost of each run. Manifests are read once per kind of data. Raises their errors."""
     facts: dict[str, RunFacts] = {}
     costs = []
@@ -35,11 +35,11 @@ def costs_of(runs: Sequence[SweepRun]) -> list[Cost]:
         kind = data_kind(config)
         if kind not in facts:
             facts[kind] = run_facts(config, None, None)
-        costs.append(_cost(config, facts[kind]))
+        costs.append(_cost(config, facts[kind], mfu))
     return costs
 
 
-def _cost(config: Config, facts: RunFacts) -> Cost:
+def _cost(config: Config, facts: RunFacts, mfu: float) -> Cost:
     tokens = facts.total_tokens or 0.0
     flops = tokens * flops_per_token(
         config.model, facts.vocab_size, facts.attended_tokens, config.finetune.adapters
@@ -48,14 +48,16 @@ def _cost(config: Config, facts: RunFacts) -> Cost:
     peak = config.hardware.peak_flops
     if peak is None and name is not None:
         peak = find_device(name).peak_flops(config.training.precision)
-    hours = None if peak is None else flops / (peak * DEFAULT_MFU) / 3600
+    hours = None if peak is None else flops / (peak * mfu) / 3600
     num_parameters = ModelSize.of(config.model, facts.vocab_size).total
     return Cost(num_parameters, tokens, flops, hours)
 
 
-def cost_lines(runs: Sequence[SweepRun], states: Sequence[RunResult]) -> list[str]:
+def cost_lines(
+    runs: Sequence[SweepRun], states: Sequence[RunResult], mfu: float = DEFAULT_MFU
+) -> list[str]:
     """A table of all runs, and their sum over those that are left to train."""
-    costs = costs_of(runs)
+    costs = costs_of(runs, mfu)
     rows = [
         (run.name, state.state, *_cells(cost))
         for run, state, cost in zip(runs, states, costs, strict=True)
@@ -72,6 +74,8 @@ def cost_lines(runs: Sequence[SweepRun], states: Sequence[RunResult]) -> list[st
     lines = table_lines(_HEADS, rows, right=range(2, len(_HEADS)))
     if total.device_hours is None:
         lines.append("device-hours are unknown: set hardware.peak_flops, the FLOP/s of a device")
+    else:
+        lines.append(f"device-hours assume an MFU of {mfu:.0%}: --mfu sets another")
     return lines
 
 

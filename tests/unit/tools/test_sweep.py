@@ -201,6 +201,11 @@ def test_a_dry_run_lists_the_runs_and_their_cost(sweep: Sweep, train: FakeTrain,
     assert int(total[3].replace(",", "")) == 2 * tokens
     assert float(large[5]) > 2 * float(small[5]) > 0
     assert float(large[6]) == pytest.approx(float(large[5]) * 1e15 / 0.4e9 / 3600, abs=0.01)
+    assert "assume an MFU of 40%: --mfu sets another" in result.output
+    slower = sweep("model.width=32,64", "--dry-run", "hardware.peak_flops=1e9", "--mfu", "0.1")
+    assert float(slower.output.splitlines()[2].split()[6]) == pytest.approx(
+        4 * float(large[6]), abs=0.04
+    )
     assert (train.started, out.exists()) == ([], False)
 
 
