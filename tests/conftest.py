@@ -30,6 +30,7 @@ from data_pipeline.text.codec import Direction, TextCodec, Unit
 from data_pipeline.text.tokenizer import TOKENIZER_NAME
 from data_pipeline.tokenizer.train_tokenizer import train_tokenizer
 from megaback.distributed.visible_devices import count_devices
+from tests.helpers.process_state import changes, left_threads, process_state, running_threads
 from tests.helpers.warm_start import use_warm_starts
 from tests.helpers.wheel_environment import wheel_environment
 
@@ -53,6 +54,15 @@ if not count_devices():  # a fork cannot use CUDA, nor another device than its t
     use_warm_starts()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_left() -> Iterator[None]:
+    """Fail a file's last test where the file leaves state that later tests would depend on."""
+    before, threads = process_state(), running_threads()
+    yield
+    left = [*changes(before), *left_threads(threads)]
+    assert not left, "left to later tests:\n" + "\n".join(left)
+
+
 @pytest.fixture(autouse=True)
 def no_secret_is_known() -> Iterator[None]:
     """Forget secrets of a test's URLs, which would be redacted in the output of later tests."""
@@ -72,7 +82,7 @@ def same_draws() -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_accelerate() -> Iterator[None]:
+def no_accelerate(nothing_is_left: None) -> Iterator[None]:
     """End Accelerate's state, which is the process's: with it, `open_dataset` needs a rank."""
     yield
     if (state := sys.modules.get("accelerate.state")) is not None:

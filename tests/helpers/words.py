@@ -116,7 +116,8 @@ def problems_of(path: Path, text: str) -> Iterator[str]:
     """Each banned phrase of a file with its line."""
     texts = _prose_of_python(text, path) if path.suffix == ".py" else [(1, text, False)]
     for first_line, prose, is_docstring in texts:
-        found = [(m, words) for pattern, words in _PATTERNS for m in pattern.finditer(_flat(prose))]
+        flat = _flat(prose)
+        found = [(m, words) for pattern, words in _PATTERNS for m in pattern.finditer(flat)]
         if is_docstring:
             found += [(m, words) for pattern, words in _STARTS if (m := pattern.match(prose))]
         for match, words in found:

@@ -2,6 +2,7 @@
 
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -110,9 +111,11 @@ def world() -> "Iterator[World]":
 
     from megaback.distributed.world import World
 
+    excepthook = sys.excepthook  # which PyTorch replaces for a process group
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield World(0, 1, torch.device("cpu"), dist.group.WORLD)
     dist.destroy_process_group()
+    sys.excepthook = excepthook
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """Fixtures for a rank that trains in the test process."""
 
 import os
+import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +30,8 @@ def training_world() -> "Iterator[World]":
     no_groups = dict(vars(groups))
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
+    excepthook = sys.excepthook  # which PyTorch replaces for a process group
+    num_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     torch.set_num_threads(1)  # fastest for a model this small
     yield start_world("cpu", 60)
     dist.destroy_process_group()
@@ -37,6 +41,8 @@ def training_world() -> "Iterator[World]":
     torch.set_num_threads(threads)
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    sys.excepthook = excepthook
+    resource.setrlimit(resource.RLIMIT_NOFILE, num_files)  # with others, no process starts warm
     os.environ.clear()
     os.environ.update(environment)
 

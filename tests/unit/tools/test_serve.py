@@ -1,5 +1,6 @@
 """`megaback serve` over real sockets, with OpenAI's own client."""
 
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,19 +217,13 @@ def test_metrics_count_new_tokens(running: Running) -> None:
 
 
 def test_a_backward_model_is_rejected_as_forward(
-    models: dict[str, ServedModel],
-    tmp_path: Path,
-    codec: Codecs,
-    run_megaback: Callable[..., object],
+    tmp_path: Path, codec: Codecs, run_megaback: Callable[..., "subprocess.CompletedProcess[str]"]
 ) -> None:
-    from click.testing import CliRunner
-
     from tests.helpers.server import write_tiny_model
-    from tools.serve import main
 
     folder = write_tiny_model(tmp_path / "back", codec())
-    result = CliRunner().invoke(main, [str(folder), "--forward", str(folder), "--port", "0"])
-    assert (result.exit_code, "writes backward" in result.stderr) == (33, True)
+    done = run_megaback("serve", folder, "--forward", folder, "--port", 0)
+    assert (done.returncode, "writes backward" in done.stderr) == (33, True)
 
 
 def test_infill_equals_the_infiller(
