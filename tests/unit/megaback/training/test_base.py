@@ -1,5 +1,6 @@
 """Runs that begin from copies of checkpoints: fetched once, verified, and without secrets."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from safetensors.torch import load_file, save_file
 
 from data_pipeline.errors import CheckpointCorruptError, CheckpointMissingError, RunMismatchError
 from megaback.branches import recorded_branch_point
@@ -23,6 +25,7 @@ from megaback.run_folder import BASE_FOLDER, complete_checkpoints
 from megaback.tracking.lineage import lineage
 from megaback.weights.base_shape import with_base_shape
 from tests.helpers.training import train
+from tools.convert import convert
 
 Configs = Callable[..., Config]
 PLACE = "memory://bucket/runs"
@@ -168,3 +171,29 @@ def test_a_config_takes_the_shape_of_its_model_from_copies(trunk: Config) -> Non
     fields = with_base_shape({"init_from": f"{PLACE}/trunk"})
 
     assert fields["model"] == trunk.model.architecture()
+
+
+def test_weights_of_another_program_are_recorded_by_their_hash(
+    config_of: Configs, training_world: World, tmp_path: Path
+) -> None:
+    first = config_of("first")
+    train(first, training_world)
+    plain = tmp_path / "plain"
+    convert(first.run, plain, "hf", "float32")
+    (plain / "megaback.spm").rename(plain / "tokenizer.model")
+    fields = json.loads((plain / "config.json").read_text())
+    del fields["megaback"]
+    (plain / "config.json").write_text(json.dumps(fields))
+    (plain / "SHA256SUMS").unlink()
+    weights = plain / "model.safetensors"
+    save_file(load_file(weights), weights)  # as another program writes it
+    config = config_of(init_from=plain)
+
+    train(config, training_world)
+
+    listed = f"{hashlib.sha256(weights.read_bytes()).hexdigest()}  {weights.name}\n"
+    expected = hashlib.sha256(listed.encode()).hexdigest()
+    assert lineage(config, 0)["base"]["sha256"] == expected
+    imported = find_checkpoint(config.run)[1].imported
+    assert imported is not None
+    assert (imported.base.path, imported.base.sha256) == (str(plain), expected)
