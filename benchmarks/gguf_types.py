@@ -23,9 +23,9 @@ from data_pipeline.errors import BackendError
 from data_pipeline.loading.loader import SequentialRows
 from data_pipeline.text.codec import TextCodec
 from megaback.config_data import DataSection
-from megaback.data import open_shards
 from megaback.inference.likelihood import Continuation, log_probabilities
 from megaback.model.gpt import ReverseGPT
+from megaback.open_shards import open_shards
 from megaback.run_folder import GGUF_NAME
 from megaback.tracking.loss_by_context import Loss
 from megaback.weights.model_folder import empty_model

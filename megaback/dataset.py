@@ -27,8 +27,8 @@ from megaback.config import TrainingSection
 from megaback.config_batch import BatchSection
 from megaback.config_data import DataSection
 from megaback.config_messages import sentence
-from megaback.data import OpenShards, RankRows, open_shards
 from megaback.dataset_arguments import require_flags, require_rank, weighted
+from megaback.open_shards import OpenShards, RankRows, open_shards
 
 State = dict[str, Any]
 

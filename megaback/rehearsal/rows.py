@@ -4,7 +4,7 @@ import numpy as np
 
 from data_pipeline.loading.loader import TrainingLoader
 from megaback.config import Config
-from megaback.data import open_shards
+from megaback.open_shards import open_shards
 from megaback.rehearsal.report import RowsCheck
 
 

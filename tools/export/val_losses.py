@@ -12,8 +12,8 @@ from data_pipeline.loading.measured_rows import measured_rows
 from data_pipeline.text.codec import TextCodec
 from megaback.checkpoints.checkpoint import config_of, read_meta
 from megaback.config_data import DataSection
-from megaback.data import open_shards
 from megaback.inference.placement import choose_device, choose_dtype
+from megaback.open_shards import open_shards
 from megaback.run_folder import META_NAME, METRICS_NAME
 from megaback.tracking.loss_by_context import Loss
 from megaback.tracking.metrics import read_metrics

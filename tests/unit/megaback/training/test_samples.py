@@ -16,11 +16,12 @@ from data_pipeline.shards.data_set import DataSet
 from data_pipeline.text.codec import TextCodec
 from megaback.config import Config
 from megaback.config_validation import ValidationSection
-from megaback.data import OpenShards, open_data
+from megaback.data import open_data
 from megaback.distributed.world import World
 from megaback.inference.generate import complete
 from megaback.inference.sampling import SamplingOptions
 from megaback.model.gpt import ReverseGPT
+from megaback.open_shards import OpenShards
 from megaback.tracking.metrics import MACHINE_FIELDS, read_metrics
 from megaback.tracking.samples_log import read_samples
 from megaback.training.samples import write_samples

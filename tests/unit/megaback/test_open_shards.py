@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megaback.config_data import DataSection
-from megaback.data import _fingerprint, open_shards
+from megaback.open_shards import _fingerprint, open_shards
 
 WEIGHTS = (3, 1, 0.7)
 
