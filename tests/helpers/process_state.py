@@ -19,8 +19,10 @@ import torch.distributed as dist
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _LIMITS = [name for name in dir(resource) if name.startswith("RLIMIT_")]
-_OTHER_VARIABLES = ("PYTEST_", "KMP_DUPLICATE_LIB_OK", "PYTORCH_NVML_BASED_CUDA_CHECK")
+_OTHER_VARIABLES = ("PYTEST_", "KMP_", "PYTORCH_", "TORCHINDUCTOR_")
 """Starts of names of variables that pytest sets, and libraries as they are imported."""
+_LAZY = "transformers"
+"""A module that replaces itself."""
 _WAIT_S = 5
 """Seconds that a thread which was asked to end is waited for."""
 
@@ -47,7 +49,7 @@ def process_state() -> dict[str, Any]:
         **{f"handler of {number.name}": signal.getsignal(number) for number in _SIGNALS},
         **{name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS},
         **{f"variable {name}": value for name, value in variables.items()},
-        **{f"module {name}": module for name, module in sys.modules.items()},
+        **{f"module {name}": module for name, module in sys.modules.items() if name != _LAZY},
     }
 
 
