@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _LIMITS = [name for name in dir(resource) if name.startswith("RLIMIT_")]
-_OTHER_VARIABLES = ("PYTEST_", "KMP_", "PYTORCH_", "TORCHINDUCTOR_")
+_OTHER_VARIABLES = ("PYTEST_", "KMP_", "PYTORCH_", "TOKENIZERS_", "TORCHINDUCTOR_")
 """Starts of names of variables that pytest sets, and libraries as they are imported."""
 _LAZY = "transformers"
 """A module that replaces itself."""
@@ -33,7 +33,7 @@ def process_state() -> dict[str, Any]:
     variables = {k: v for k, v in os.environ.items() if not k.startswith(_OTHER_VARIABLES)}
     return {
         "working directory": Path.cwd(),
-        "sys.path": [*sys.path],
+        "sys.path": [path for path in sys.path if path != os.environ.get("HF_MODULES_CACHE")],
         "sys.excepthook": sys.excepthook,
         "blocked signals": signal.pthread_sigmask(signal.SIG_BLOCK, []),
         "processors": os.sched_getaffinity(0),
