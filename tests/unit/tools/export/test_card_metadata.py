@@ -154,7 +154,7 @@ def test_an_export_of_a_run_has_its_data_base_and_bits_per_byte(
 def test_a_license_that_the_hub_could_not_name_is_refused(tmp_path: Path) -> None:
     for words, message in (
         (("--to", "hf", "--license", "My License"), "identifier of the hub's licenses"),
-        (("--to", "full", "--license", "mit"), "for the cards of hf and gguf"),
+        (("--to", "full", "--license", "mit"), "for the cards of hf, gguf and peft"),
     ):
         result = CliRunner().invoke(main, [str(tmp_path), "--out", str(tmp_path / "out"), *words])
         assert result.exit_code == 2
