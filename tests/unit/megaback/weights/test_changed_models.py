@@ -286,7 +286,7 @@ def test_a_config_that_another_program_made_unusable_is_refused(
 
 
 def test_errors_for_an_adapter_and_a_missing_tokenizer_have_advice(others: Path) -> None:
-    with pytest.raises(CheckpointMissingError, match="megaback convert .*/adapter --base BASE"):
+    with pytest.raises(CheckpointMissingError, match=r"megaback convert .*/adapter --base BASE"):
         read_description(others / "adapter")
     with pytest.raises(TokenizerError, match=r"no-tokenizer has no tokenizer .*megaback\.spm"):
         load_model_folder(others / "no-tokenizer", CPU)
