@@ -100,7 +100,7 @@ def planned(config: Config, ranks: int) -> RankMemory:
     return memory_of(config, run_facts(config, None, None), Cluster(1, ranks, cpu_device(1, None)))
 
 
-def _status(name: str) -> int:
+def status_bytes(name: str) -> int:
     text = Path("/proc/self/status").read_text(encoding="ascii")
     line = next(line for line in text.splitlines() if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024
@@ -126,7 +126,7 @@ def serve() -> None:
 
     class NotingSaver(CheckpointSaver):
         def begin(self, *arguments: Any, **named: Any) -> None:
-            before_saving.append(_status("VmHWM"))
+            before_saving.append(status_bytes("VmHWM"))
             super().begin(*arguments, **named)
 
     pipeline.CheckpointSaver = NotingSaver  # type: ignore[misc]
@@ -139,11 +139,11 @@ def serve() -> None:
         gc.collect()
         libc.malloc_trim(0)
         before_saving.clear()
-        base = _status("VmRSS")
+        base = status_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
         watchdog = Watchdog(config.run, config.hardware, world)
         train_run(config, world, StopRequest(None), watchdog)
-        peaks = (before_saving[0] - base, _status("VmHWM") - base)
+        peaks = (before_saving[0] - base, status_bytes("VmHWM") - base)
         all_peaks = world.gather(peaks, tuple[int, int])
         if world.is_first:
             shutil.rmtree(config.run)

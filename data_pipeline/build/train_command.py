@@ -39,8 +39,9 @@ def train_commands(shards: Path, manifest: Manifest) -> dict[str, str]:
     if manifest.row_tokens is not None:
         return _fine_tune(shards, manifest)
     if manifest.vocab_size > _MAX_DEMO_PIECES:
-        words = ("--minutes", _MINUTES, "--shards", shards, "--out", _free_config(shards))
-        return {command("new", *words): "a config for this vocabulary, and how to train it"}
+        out = _free_config(shards)
+        line = command("new", "--minutes", _MINUTES, "--shards", shards, "--out", out)
+        return {line: "a config for this vocabulary, and how to train it"}
     config = config_path("demo.yaml")
     overrides = _common(shards, manifest)
     context_tokens = _value(config, "batch", "context_tokens") or 256

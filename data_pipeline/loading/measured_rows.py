@@ -33,8 +33,8 @@ def require_measurable(
     if manifest.frame_tokens % context_tokens:
         raise ConfigError(
             f"the context of {model}, {context_tokens} tokens, does not divide the frames of "
-            f"{name} of {manifest.frame_tokens} tokens; give shards built with --frame-tokens "
-            f"{context_tokens} or a multiple"
+            f"{name} of {manifest.frame_tokens} tokens; give shards built with "
+            f"`megaback shards build --frame-tokens {context_tokens}` or a multiple"
         )
     stored, row_tokens = manifest.text_format, manifest.row_tokens
     if row_tokens is not None:
@@ -53,14 +53,14 @@ def require_measurable(
     elif stored.unit is not Unit.WORD:
         return
     if text_format.both or stored.direction is not text_format.direction:
-        what = f"unit '{stored.unit.value}'" if row_tokens is None else "instruction examples"
+        if row_tokens is None:
+            what = f"unit '{stored.unit.value}'"
+            build = "`megaback shards build --unit token`"
+        else:
+            what = "instruction examples"
+            build = f"`megaback instruct build --direction {text_format.direction.value}`"
         raise DirectionMismatchError(
             f"{model} has direction '{text_format.directions.value}', and {name} holds {what} "
             f"in direction '{stored.direction.value}', which cannot be reversed; give shards "
-            "built with "
-            + (
-                "--unit token"
-                if row_tokens is None
-                else f"--direction {text_format.direction.value}"
-            )
+            f"built with {build}"
         )

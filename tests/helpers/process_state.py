@@ -33,7 +33,7 @@ def process_state() -> dict[str, Any]:
     variables = {k: v for k, v in os.environ.items() if not k.startswith(_OTHER_VARIABLES)}
     return {
         "working directory": Path.cwd(),
-        "sys.path": [path for path in sys.path if path != os.environ.get("HF_MODULES_CACHE")],
+        "sys.path": [path for path in sys.path if not _is_of_a_library(path)],
         "sys.excepthook": sys.excepthook,
         "blocked signals": signal.pthread_sigmask(signal.SIG_BLOCK, []),
         "processors": os.sched_getaffinity(0),
@@ -51,6 +51,11 @@ def process_state() -> dict[str, Any]:
         **{f"variable {name}": value for name, value in variables.items()},
         **{f"module {name}": module for name, module in sys.modules.items() if name != _LAZY},
     }
+
+
+def _is_of_a_library(path: str) -> bool:
+    """Whether a library adds it to `sys.path` as it is imported: setuptools, transformers."""
+    return "site-packages" in path or path == os.environ.get("HF_MODULES_CACHE")
 
 
 def changes(before: Mapping[str, Any]) -> list[str]:

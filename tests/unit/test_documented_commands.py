@@ -266,11 +266,15 @@ def test_the_commands_in_a_scripts_docstring_exist(path: Path) -> None:
     assert problems_of(commands + other_commands(text)) == []
 
 
+NOT_INSTALLED = {"langchain_openai", "mlx_lm"}
+"""Other people's programs that are too large for the tests' environment."""
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_python_of_a_page_compiles_and_its_names_resolve(path: Path) -> None:
     for block in fenced(path.read_text(), "python"):
         for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.ImportFrom):
+            if isinstance(node, ast.ImportFrom) and node.module not in NOT_INSTALLED:
                 module = importlib.import_module(node.module or "")
                 assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
             elif isinstance(node, ast.Import):

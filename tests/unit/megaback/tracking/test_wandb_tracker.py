@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ def no_account(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith("WANDB_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # wandb sets its own
 
 
 def config_of(run: Path, mode: str = "offline") -> Config:
