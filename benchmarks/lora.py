@@ -50,7 +50,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all runs have in common."""
+    """Files and settings of all runs."""
 
     base: Path
     shards: Path

@@ -59,7 +59,7 @@ class _Template:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.owner = os.getpid()
-        self.circumstances = _circumstances(os.environ)
+        self.circumstances = _circumstances(_without_safe_path(os.environ))
         self.lock = threading.Lock()
 
 
@@ -108,8 +108,7 @@ def _spawn(path: Any, words: Sequence[Any], descriptors: Sequence[int]) -> int:
     words = [os.fsdecode(word) for word in words]
     is_worker = words[0] == sys.executable and words[-1] == WORKER_WORD
     environment = dict(os.environ)
-    seen = {name: value for name, value in environment.items() if name != _SAFE_PATH}
-    template = _template_for(seen) if is_worker else None
+    template = _template_for(_without_safe_path(environment)) if is_worker else None
     if template is None:
         return _SPAWN(path, words, descriptors)
     request: dict[str, Any] = {
@@ -121,6 +120,10 @@ def _spawn(path: Any, words: Sequence[Any], descriptors: Sequence[int]) -> int:
         **_signals(has_handlers=False),
     }
     return _fork(template, request, request["numbers"])
+
+
+def _without_safe_path(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name != _SAFE_PATH}
 
 
 def _signals(has_handlers: bool) -> dict[str, list[int]]:
@@ -182,7 +185,7 @@ def _start_template() -> _Template:
     ours, theirs = socket.socketpair()
     module = "tests.helpers.warm_template"
     command = [sys.executable, "-m", module, str(theirs.fileno()), _ROOM]
-    environment = {**os.environ, COLD_VARIABLE: "1"}
+    environment = {**_without_safe_path(os.environ), COLD_VARIABLE: "1"}
     process = subprocess.Popen(
         command, env=environment, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
     )

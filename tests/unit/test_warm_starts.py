@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import psutil
 import pytest
 
 from megaback.distributed.visible_devices import count_devices
+from tests.helpers import warm_start
 from tests.helpers.paths import ROOT
 from tests.helpers.warm_start import COLD_VARIABLE
 
@@ -96,6 +98,17 @@ def test_a_worker_of_a_warm_process_has_the_circumstances_of_an_ordinary_one() -
         facts["shown_words"] = re.sub(r"=\d+", "", facts["shown_words"])
         facts["original_words"] = [re.sub(r"=\d+", "", word) for word in facts["original_words"]]
     assert warm == cold
+
+
+def test_a_template_that_a_worker_needed_first_serves_later_commands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`multiprocessing` has PYTHONSAFEPATH in the environment while it starts a worker."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, monkeypatch.context() as patch:
+        patch.setenv("PYTHONSAFEPATH", "1")
+        template = warm_start._Template(ours)
+    assert template.circumstances == warm_start._circumstances(os.environ)
 
 
 def test_a_killed_process_takes_its_template_with_it() -> None:
