@@ -208,4 +208,5 @@ def test_the_generation_config_is_valid_and_generation_warns_of_nothing(
     write = transformers.pipeline("megaback-reverse", model=str(hf), trust_remote_code=True)
     write([ENDING], stop="x")
     logger.removeHandler(caplog.handler)
-    assert caplog.messages == []
+    others = ("wandb", "asyncio")  # threads of theirs, which earlier tests started, report late
+    assert [one.message for one in caplog.records if not one.name.startswith(others)] == []
