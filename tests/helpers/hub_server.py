@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -41,31 +41,64 @@ def using_hub(hub: ModelHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
+class Answering(BaseHTTPRequestHandler):
+    """A handler whose answers have a length, and no body where only the head is asked for."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def answer_json(self, value: object) -> None:
+        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        pass
+
+
+@contextmanager
+def serving(handler: type[Answering]) -> Iterator[str]:
+    """The address of a server on loopback, until the block ends."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 @contextmanager
 def serving_model(folder: Path) -> Iterator[ModelHub]:
     """A hub with the folder as `org/model` of branch `main`, until the block ends."""
     hub = ModelHub(folder)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
+    class Handler(Answering):
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.tokens.add(self.headers.get("Authorization", ""))
             revision = rf"(?:main|{COMMIT})"
             if hub.has_failed:
-                self._answer(403, b"{}", {})
+                self.answer(403, b"{}", {})
             elif found := re.fullmatch(rf"/org/model/resolve/{revision}/([\w.-]+)", path):
                 self._give(found[1])
             elif re.fullmatch(rf"/api/models/org/model/revision/{revision}", path):
-                self._answer_json({"id": "org/model", "sha": COMMIT, "siblings": []})
+                self.answer_json({"id": "org/model", "sha": COMMIT, "siblings": []})
             elif re.fullmatch(rf"/api/models/org/model/tree/{revision}/?", path):
-                self._answer_json([entry(one) for one in sorted(folder.iterdir())])
+                self.answer_json([entry(one) for one in sorted(folder.iterdir())])
             else:
                 is_known = path.startswith("/api/models/org/model/")
                 code = "RevisionNotFound" if is_known else "RepoNotFound"
-                self._answer(404, b"{}", {"X-Error-Code": code})
+                self.answer(404, b"{}", {"X-Error-Code": code})
 
         do_HEAD = do_GET
 
@@ -74,33 +107,10 @@ def serving_model(folder: Path) -> Iterator[ModelHub]:
             if self.command == "GET":
                 hub.asked.append(name)
             etag = hashlib.sha256(data).hexdigest()
-            self._answer(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'})
+            self.answer(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{etag}"'})
 
-        def _answer_json(self, value: object) -> None:
-            self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-        def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving(Handler) as hub.address:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def entry(path: Path) -> dict[str, Any]:

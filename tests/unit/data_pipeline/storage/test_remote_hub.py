@@ -7,10 +7,8 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -19,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from tests.helpers.hub_server import COMMIT, Answering, serving
+
 NOT_THERE = {"X-Error-Code": "EntryNotFound"}
 READ = """
 import json, sys
@@ -80,23 +79,20 @@ def hub() -> Iterator[Hub]:
                     entries[name] = entry(name)
         return list(entries.values())
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def do_GET(self) -> None:
+    class Handler(Answering):
+        def do_GET(self) -> None:  # noqa: N802 - as http.server names it
             path = unquote(urlsplit(self.path).path)
             state.requests.append(f"{self.command} {path} {self.headers.get('Range')}")
             if match := re.fullmatch(r"/datasets/org/set/resolve/\w+/(.+)", path):
                 self._give(match[1])
             elif re.fullmatch(r"/api/datasets/org/set(/revision/\w+)?", path):
                 siblings = [{"rfilename": name} for name in state.files]
-                self._answer_json({"id": "org/set", "sha": COMMIT, "siblings": siblings})
+                self.answer_json({"id": "org/set", "sha": COMMIT, "siblings": siblings})
             elif match := re.fullmatch(r"/api/datasets/org/set/tree/\w+(?:/(.*))?", path):
                 folder = f"{match[1]}/" if match[1] else ""
-                self._answer_json(tree(folder, "recursive=true" in self.path.lower()))
+                self.answer_json(tree(folder, "recursive=true" in self.path.lower()))
             else:
-                self._answer(404, b"{}", NOT_THERE)
+                self.answer(404, b"{}", NOT_THERE)
 
         do_HEAD = do_GET
 
@@ -104,40 +100,19 @@ def hub() -> Iterator[Hub]:
             headers = {"X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
             data = state.files.get(name)
             if data is None:
-                self._answer(404, b"", headers | NOT_THERE)
+                self.answer(404, b"", headers | NOT_THERE)
                 return
             headers["ETag"] = f'"{hashlib.sha256(data).hexdigest()}"'
             match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
             if match is None:
-                self._answer(200, data, headers)
+                self.answer(200, data, headers)
             else:
                 start, stop = int(match[1]), min(int(match[2]) + 1, len(data))
                 headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-                self._answer(206, data[start:stop], headers)
+                self.answer(206, data[start:stop], headers)
 
-        def _answer_json(self, value: object) -> None:
-            self._answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-        def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    state.address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield state
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(Handler) as state.address:
+        yield state
 
 
 def test_a_data_set_on_the_hub_is_read_as_files_of_one_commit(hub: Hub, tmp_path: Path) -> None:
